@@ -1,0 +1,36 @@
+"""Prunes the bundled demo model with three methods, offline, and prints one table with the dense model first."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sparsessm.options import Options  # noqa: E402
+from sparsessm.reporting.tables import row, text_table  # noqa: E402
+
+METHODS = (None, "magnitude", "sparsessm", "sparsessm_dev")
+SETTINGS = {"seqlen": 512, "nsamples": 16, "eval_windows": 32, "experiment_name": "demo"}
+
+
+def measure(method: str | None) -> dict[str, Any]:
+    """One run on the demo model and the demo text; half of A_log is pruned."""
+    import main
+
+    pruning = {"method": method, "prune_A": True, "sparsity": 0.5} if method else {}
+    return main.run(Options(model="demo", dataset="demo", **SETTINGS, **pruning))
+
+
+def demo() -> None:
+    # a process for each run: the peak of its memory is then its own
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        rows = [row(method, pool.apply(measure, (method,))) for method in METHODS]
+    print()
+    print(text_table(rows))
+
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,130 @@
+"""What each difference from the released code is worth on the demo model: the table of docs/FIDELITY.md.
+
+    python scripts/fidelity.py MODEL DATASET [--seqlen 512 --nsamples 32 --eval_windows 64]
+
+Every row prunes 50 % and changes one thing of the default procedure into what the released code does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sparsessm import checkpoint, text  # noqa: E402
+from sparsessm.evaluation.perplexity import perplexity  # noqa: E402
+from sparsessm.model.block import MODULES, prune_transitions  # noqa: E402
+from sparsessm.pipeline import TransitionPlan, WeightPlan, prune_A_log, prune_weights  # noqa: E402
+from sparsessm.pruning.aggregation import Aggregator  # noqa: E402
+from sparsessm.pruning.patterns import Pattern, Unstructured  # noqa: E402
+from sparsessm.pruning.saliency import SALIENCIES  # noqa: E402
+from sparsessm.reporting.tables import text_table  # noqa: E402
+from sparsessm.walk import BlockView, Stream, walk  # noqa: E402
+
+HALF = Unstructured(0.5)
+
+
+def silent(*_: object, **__: object) -> None:
+    """A report to nobody."""
+
+
+def uneven_moments(view: BlockView) -> Tensor:
+    """sum_k k h_k^2 (L,D,N): the released running sum, in which sample k weighs k times as much as the first."""
+    total: Tensor | float = 0.0
+    for k in range(len(view.stream)):
+        alone = dataclasses.replace(view.stream, hidden=view.stream.hidden[k : k + 1])
+        sample = BlockView(view.index, view.block, alone)
+        total = total + (k + 1) * torch.cat([moments.h2 for _, moments in sample.observe_states(("h2",))])
+    return total
+
+
+def vote(scores: Tensor, pattern: Pattern, first_step: bool) -> Tensor:
+    """Votes over all steps at once, with or without the first, at which every score is zero."""
+    aggregator = Aggregator("vote", len(scores), pattern)
+    aggregator.update(scores, start=1 if first_step else 0)  # only a piece that starts at 0 drops its first step
+    return pattern(aggregator.scores())
+
+
+@torch.no_grad()
+def prune_like(model: nn.Module, stream: Stream, choose: Callable[[BlockView], Tensor], during: str) -> None:
+    """Prunes A_log; the walk goes on with transition `during`, the model ends with transition zero."""
+    masks = []
+    for view in walk(model, stream):
+        masks.append(choose(view))
+        prune_transitions(view.block, masks[-1], during)
+    for block, mask in zip(model.backbone.layers, masks):
+        prune_transitions(block, mask, "zero")
+
+
+def fidelity(*, model: str, dataset: str, seqlen: int, nsamples: int, eval_windows: int) -> None:
+    """Prints the table."""
+    source = checkpoint.find(model)
+    tokenizer = checkpoint.load_tokenizer(source)
+    stream_ids = text.evaluation_stream(dataset, tokenizer, seqlen).ids
+    windows = text.cut_windows(stream_ids, seqlen, eval_windows)
+    calibration = text.calibration_windows(dataset, tokenizer, nsamples, seqlen, seed=0).ids
+    layers = source.config.num_hidden_layers
+
+    def embed(loaded: nn.Module) -> Stream:
+        return Stream.embed(loaded, calibration, device="cpu", offload="cpu", batch=8)
+
+    def measured(prune: Callable[[nn.Module], object]) -> str:
+        loaded = checkpoint.load(source)
+        prune(loaded)
+        return f"{perplexity(loaded, windows, device='cpu', offload='cpu', batch=8).value:.2f}"
+
+    def transitions(**plan: object) -> Callable[[nn.Module], object]:
+        return lambda m: prune_A_log(m, embed(m), TransitionPlan(HALF, **plan), 0, layers, silent)
+
+    def weights(modules: tuple[str, ...], alpha: float, conv: str, stale: bool) -> Callable[[nn.Module], object]:
+        plan = WeightPlan(HALF, "obs", modules, alpha, conv)
+
+        def prune(loaded: nn.Module) -> None:
+            once = embed(loaded)  # handed out twice, it enters pass 2 as pass 1 left it: the last layer's outputs
+            prune_weights(loaded, (lambda: once) if stale else (lambda: embed(loaded)), plan, 0, layers, silent)
+
+        return prune
+
+    def june(view: BlockView, first_step: bool = False) -> Tensor:
+        moments = torch.cat([moments.h2 for _, moments in view.observe_states(("h2",))])
+        return vote(SALIENCIES["a_log"].score(view.A_log, moments, None), HALF, first_step)
+
+    def uneven(view: BlockView) -> Tensor:
+        return vote(SALIENCIES["a_log"].score(view.A_log, uneven_moments(view), None), HALF, first_step=False)
+
+    def like(choose: Callable[[BlockView], Tensor], during: str = "zero") -> Callable[[nn.Module], object]:
+        return lambda m: prune_like(m, embed(m), choose, during)
+
+    linear = tuple(name for name in MODULES if name != "conv1d")
+    rows = [
+        ("dense", lambda m: None),
+        ("sparsessm, as here", transitions(saliency="a_log", aggregate="vote")),
+        ("  layers recomputed with unit, evaluated with zero", like(june, during="unit")),
+        ("  sample k weighs k", like(uneven)),
+        ("  the first step votes too", like(lambda view: june(view, first_step=True))),
+        ("sparsessm_dev, as here", transitions(saliency="transition", aggregate="power")),
+        ("linear and conv1d, alpha 0.04, as here", weights(MODULES, 0.04, "tap", False)),
+        ("  conv1d by the channel Hessian", weights(MODULES, 0.04, "channel", False)),
+        ("  pass 2 starts from the last layer's outputs", weights(MODULES, 0.04, "tap", True)),
+        ("  both", weights(MODULES, 0.04, "channel", True)),
+        ("linear alone, alpha 0.04, as here", weights(linear, 0.04, "tap", False)),
+        ("  pass 2 starts from the last layer's outputs", weights(linear, 0.04, "tap", True)),
+        ("  alpha 0", weights(linear, 0.0, "tap", False)),
+    ]
+    print(text_table([{"50 %": name, "perplexity": measured(prune)} for name, prune in rows]))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("dataset")
+    for flag, value in {"seqlen": 512, "nsamples": 32, "eval_windows": 64}.items():
+        parser.add_argument(f"--{flag}", type=int, default=value)
+    fidelity(**vars(parser.parse_args()))

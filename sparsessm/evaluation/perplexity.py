@@ -1,0 +1,74 @@
+"""Perplexity of the model in memory on windows of held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsessm import ranks
+from sparsessm.walk import Stream, walk
+
+# Logits that exist at once: with a vocabulary of 50 thousand, 2.7 thousand tokens in half a gigabyte.
+_LOGITS_AT_ONCE = 1 << 27
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(total negative log likelihood / predicted tokens), and over how much it was taken."""
+
+    value: float
+    windows: int
+    tokens: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    report: Callable[..., None] = lambda phase, layer: None,
+    **placement: Any,
+) -> Perplexity:
+    """Feeds each window (n,L) of token ids alone and predicts L-1 tokens in each.
+
+    Log likelihoods are taken in float32 and summed in float64. `report("eval", layer)` is called after each layer;
+    `placement` is what Stream.embed takes: device, offload, batch ...
+    """
+    stream = Stream.embed(model, windows, **placement)
+    for view in walk(model, stream):
+        view.advance()
+        report("eval", view.index)
+    tail = (model.backbone.norm_f, model.lm_head)
+    home = model.lm_head.weight.device
+    for module in tail:
+        module.to(stream.device)
+    mine = ranks.share(windows, stream.batch)
+    loss = torch.zeros((), dtype=torch.float64, device=stream.device)
+    for rows in stream.batches():
+        hidden = stream.hidden[rows, :].to(stream.device)
+        loss += _negative_log_likelihood(model, hidden, mine[rows].to(stream.device))
+    ranks.all_sum(loss)
+    for module in tail:
+        module.to(home)
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    mean = float(loss) / tokens
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.shape[0], tokens)
+
+
+def _negative_log_likelihood(model: nn.Module, hidden: Tensor, ids: Tensor) -> float:
+    """Sum over the batch of -log p(token | tokens before it); hidden (B,L,M), ids (B,L)."""
+    norm, head = model.backbone.norm_f, model.lm_head
+    x = norm(hidden.to(norm.weight.dtype))[:, :-1].flatten(0, 1)  # (B,L,M) -> (B*(L-1),M)
+    targets = ids[:, 1:].flatten()
+    total = 0.0
+    rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    for part, target in zip(x.split(rows), targets.split(rows)):
+        logits = head(part).float()  # (rows,V)
+        total += float(F.cross_entropy(logits, target, reduction="none").double().sum())
+    return total

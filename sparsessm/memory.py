@@ -1,0 +1,63 @@
+"""Where the residual stream waits, and how much memory may be spent to save work."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsessm.errors import InputError
+
+# Share of the free memory that kept activations may take where --memory_budget says nothing.
+_FREE_SHARE = 0.4
+
+
+def default_budget(device: torch.device) -> int:
+    """A share of the memory that is free on the device now, in bytes."""
+    return int(_FREE_SHARE * (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()))
+
+
+def _available() -> int:
+    """Main memory that can be had without swapping; where the system does not say, half of what it has."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+class DiskResidual:
+    """A tensor (n,L,M) in a file that vanishes with the process; read and written a slice of rows and steps at a time.
+
+    Plain reads and writes: pages of a mapped file would count as memory of the process for as long as it is mapped.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, folder: str | Path | None = None) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._file = tempfile.TemporaryFile(dir=folder)
+        self._step = shape[2] * torch.empty(0, dtype=dtype).element_size()  # bytes of one time step
+        try:
+            if math.prod(shape):
+                os.posix_fallocate(self._file.fileno(), 0, math.prod(shape[:2]) * self._step)
+        except OSError as error:
+            raise InputError(f"--offload disk finds no room for the block inputs ({error.strerror})") from None
+
+    def _offset(self, row: int, step: int) -> int:
+        return (row * self.shape[1] + step) * self._step
+
+    def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
+        (first, stop, _), (start, end, _) = (s.indices(size) for s, size in zip(where, self.shape))
+        out = torch.empty(stop - first, end - start, self.shape[2], dtype=self.dtype)
+        for i in range(stop - first):
+            os.preadv(self._file.fileno(), [out[i].view(torch.uint8).numpy()], self._offset(first + i, start))
+        return out
+
+    def __setitem__(self, where: tuple[slice, slice], value: Tensor) -> None:
+        (first, stop, _), (start, _, _) = (s.indices(size) for s, size in zip(where, self.shape))
+        value = value.detach().cpu().contiguous()
+        for i in range(stop - first):
+            os.pwritev(self._file.fileno(), [value[i].view(torch.uint8).numpy()], self._offset(first + i, start))

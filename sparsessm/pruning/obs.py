@@ -1,0 +1,117 @@
+"""Optimal brain surgeon in blocks of columns (Frantar and Alistarh 2023, SparseGPT, algorithm 1), and its simple peers.
+
+A matrix W (rows,cols) whose module saw inputs X (cols,tokens) has the layer-wise loss |W X - W' X|^2 and the Hessian
+H = (2/n) X X^T for each of its rows. Leading dimensions are independent problems solved as one batch: the K taps of
+each channel of a depthwise convolution are one.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from sparsessm.pruning.patterns import NofM, Pattern, PerRow, Unstructured
+
+logger = logging.getLogger(__name__)
+
+_TRIES = 4
+
+
+class SolverError(ArithmeticError):
+    """A Hessian that stays indefinite however much it is damped."""
+
+
+def inverse_factor(H: Tensor, percdamp: float, name: str) -> Tensor:
+    """U (G,cols,cols), upper triangular with U^T U = (H + damping)^-1.
+
+    The damping is percdamp * mean(diag H), ten times as much at each further try for the matrices that need it.
+
+    Raises:
+        SolverError: after four tries, naming the module.
+    """
+    damping = percdamp * H.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # (G,1,1)
+    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    for attempt in range(_TRIES):
+        # With F the flip of both axes, F (H) F = L L^T gives H = R R^T with R = F L F upper; so U = R^-1. One
+        # factorisation and one triangular solve where inverting H first would take three, and lose digits.
+        factor, info = torch.linalg.cholesky_ex((H + damping * eye).flip(-2, -1))
+        failed = (info != 0) | ~torch.isfinite(factor).all(-1).all(-1)
+        if not failed.any():
+            return torch.linalg.solve_triangular(factor.flip(-2, -1), eye.expand_as(H), upper=True)
+        if attempt < _TRIES - 1:
+            logger.warning(
+                "%s: the Hessian is not positive definite (%d of %d matrices); trying again with ten times the damping",
+                name, int(failed.sum()), len(H),
+            )  # fmt: skip
+            damping = torch.where(failed[:, None, None], damping * 10, damping)
+    raise SolverError(
+        f"{name}: the Hessian is not positive definite after {_TRIES} tries; raise --percdamp or --nsamples"
+    )
+
+
+def prune_obs(
+    W: Tensor, H: Tensor, pattern: Pattern, blocksize: int = 128, percdamp: float = 0.01, name: str = "weight"
+) -> tuple[Tensor, Tensor]:
+    """Prunes W column by column and lets the columns to the right make up for it.
+
+    Args:
+        W: (rows,cols) or (G,rows,cols). H: (cols,cols) or (G,cols,cols), in the dtype to compute in.
+        pattern: Unstructured chooses in each block of columns, over all rows and all G, by w^2 / U_ii^2; NofM at the
+            first column of each group, from the weights as updated by then.
+        blocksize: columns per block, a multiple of m for NofM. percdamp: see inverse_factor. name: for messages.
+
+    Returns:
+        The new weights and the mask (True = pruned), in the shape of W; pruned weights are exactly zero.
+    """
+    shape = W.shape
+    W = W.reshape(-1, *shape[-2:]).to(H.dtype).clone()
+    H = H.reshape(-1, *H.shape[-2:]).clone()
+    cols = W.shape[-1]
+    if isinstance(pattern, NofM) and (cols % pattern.m or blocksize % pattern.m):
+        raise ValueError(f"{name}: {pattern.m} must divide {cols} columns and the block size {blocksize}")
+
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    W.masked_fill_(dead[:, None, :], 0)
+    U = inverse_factor(H, percdamp, name)
+
+    mask = torch.zeros(W.shape, dtype=torch.bool, device=W.device)
+    for start in range(0, cols, blocksize):
+        stop = min(start + blocksize, cols)
+        block, errors = W[..., start:stop].clone(), torch.zeros_like(W[..., start:stop])
+        factor = U[:, start:stop, start:stop]
+        pivots = factor.diagonal(dim1=-2, dim2=-1)[:, None, :]  # (G,1,columns of the block)
+        if not isinstance(pattern, NofM):
+            scores = (block / pivots).square()
+            mask[..., start:stop] = pattern(scores.flatten(0, 1)).view(block.shape)  # (G,rows,cols) -> (G*rows,cols)
+        for i in range(stop - start):
+            if isinstance(pattern, NofM) and i % pattern.m == 0:
+                group = slice(i, i + pattern.m)
+                mask[..., start + i : start + i + pattern.m] = pattern((block[..., group] / pivots[..., group]).square())
+            column = block[..., i]
+            error = torch.where(mask[..., start + i], column, 0) / pivots[..., i]  # (w - q) / U_ii
+            block[..., i].masked_fill_(mask[..., start + i], 0)
+            block[..., i + 1 :] -= error[..., None] * factor[:, i, None, i + 1 :]
+            errors[..., i] = error
+        W[..., start:stop] = block
+        W[..., stop:] -= errors @ U[:, start:stop, stop:]
+    return W.reshape(shape), mask.reshape(shape)
+
+
+def prune_magnitude(W: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Sets the entries of W (rows,cols) with the smallest absolute values to zero (Han et al. 2015)."""
+    mask = pattern(W.abs())
+    return W.masked_fill(mask, 0), mask
+
+
+def prune_wanda(W: Tensor, energy: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Wanda (Sun et al. 2023): scores abs(W) |X_j|, compared within each output row.
+
+    W: (rows,cols). energy: (cols,) or (rows,cols), sum of squares of each input, on any scale.
+    """
+    per_row = PerRow(pattern.sparsity) if isinstance(pattern, Unstructured) else pattern
+    mask = per_row(W.abs() * energy.to(W.dtype).sqrt())
+    return W.masked_fill(mask, 0), mask

@@ -1,0 +1,207 @@
+"""The layer-by-layer walk: the only loop over blocks in the project.
+
+    stream = Stream.embed(model, windows, ...)
+    for block in walk(model, stream):
+        ...                                   # look at the inputs of the block, change its weights
+    # stream.hidden is now what leaves the last layer that was walked
+
+Every layer passes its activations on, whether it is of interest or not. A block is on the compute device while it is
+walked and goes back afterwards; the residual stream of all windows waits elsewhere in between. Windows go through a
+block some time steps after the other, so that what a block makes of them never exists for all steps at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparsessm import ranks
+from sparsessm.memory import DiskResidual, default_budget
+from sparsessm.model.block import Carry, ScanInputs, Taps, output, scan, scan_inputs
+from sparsessm.model.scan import ScanMoments
+from sparsessm.statistics import Accumulator
+
+# Time steps that go through a block together: what bounds memory instead of the length of a window.
+STEPS_AT_ONCE = 128
+
+
+class DivergenceError(ArithmeticError):
+    """A layer put out values that are not finite."""
+
+
+@dataclass
+class Stream:
+    """The residual stream of this process's windows between two blocks.
+
+    Attributes:
+        hidden: (n,L,M), in main memory, on the device, or in a file; float32 where the model keeps its residuals so,
+            else in its dtype.
+        device: where blocks compute.
+        batch: windows that go through a block together.
+        total: windows in all processes together.
+        budget: bytes that a block may keep of what it has computed for its second pass.
+    """
+
+    hidden: Tensor | DiskResidual
+    device: torch.device
+    batch: int
+    total: int
+    budget: int
+
+    @classmethod
+    @torch.no_grad()
+    def embed(
+        cls,
+        model: nn.Module,
+        windows: Tensor,
+        *,
+        device: torch.device | str,
+        offload: torch.device | str,
+        batch: int,
+        budget: int | None = None,
+        scratch: str | Path | None = None,
+    ) -> Stream:
+        """Looks up windows (n,L) of token ids in the embedding of the model; of several processes each takes its share.
+
+        offload: where the stream waits, a device, or "disk" for a file in `scratch`. budget: bytes, by default a share of
+                what is free.
+        """
+        embeddings, device = model.backbone.embeddings, torch.device(device)
+        dtype = torch.float32 if model.config.residual_in_fp32 else embeddings.weight.dtype
+        mine = ranks.share(windows, batch)
+        shape = (*mine.shape, embeddings.weight.shape[1])
+        hidden = _residual(shape, dtype, offload, scratch)
+        stream = cls(hidden, device, batch, len(windows), default_budget(device) if budget is None else budget)
+        for rows in stream.batches():
+            hidden[rows, :] = embeddings(mine[rows].to(embeddings.weight.device)).to(dtype)
+        return stream
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def batches(self) -> list[slice]:
+        return [slice(start, min(start + self.batch, len(self))) for start in range(0, len(self), self.batch)]
+
+    def pieces(self) -> list[slice]:
+        L = self.hidden.shape[1]
+        return [slice(start, min(start + STEPS_AT_ONCE, L)) for start in range(0, L, STEPS_AT_ONCE)]
+
+
+def _residual(
+    shape: tuple[int, int, int], dtype: torch.dtype, offload: torch.device | str, scratch: str | Path | None
+) -> Tensor | DiskResidual:
+    return DiskResidual(shape, dtype, scratch) if offload == "disk" else torch.empty(shape, dtype=dtype, device=offload)
+
+
+class BlockView:
+    """One block of the walk, together with the stream that enters it."""
+
+    def __init__(self, index: int, block: nn.Module, stream: Stream) -> None:
+        self.index, self.block, self.stream = index, block, stream
+        self.advanced = False
+        self._kept: dict[tuple[int, int], tuple[ScanInputs, Tensor]] = {}  # by first step and first window
+
+    @property
+    def A_log(self) -> Tensor:
+        """(D,N) float32, the parameter itself."""
+        return self.block.mixer.A_log.data
+
+    def parameter_name(self, name: str) -> str:
+        """The name of a parameter of the mixer in the checkpoint."""
+        return f"backbone.layers.{self.index}.mixer.{name}"
+
+    @torch.no_grad()
+    def observe(self, accumulators: Mapping[str, Accumulator], *, advance: bool = False) -> None:
+        """Shows all windows' inputs of the named modules to their accumulators, those of all processes.
+
+        With `advance` the outputs take the place of the inputs: for walks that look and change nothing.
+        """
+        self.forget()  # the taps want to see all of the block
+        taps = {name: accumulator.update for name, accumulator in accumulators.items()}
+        # what comes before out_proj is all that its own input needs
+        self._run(taps, keep_outputs=advance, to_output=advance or "out_proj" in taps)
+        for accumulator in accumulators.values():
+            ranks.all_sum(accumulator.total)
+
+    @torch.no_grad()
+    def observe_states(self, needs: tuple[str, ...]) -> Iterator[tuple[int, ScanMoments]]:
+        """Sums over all windows of what the scan sees, some time steps after the other.
+
+        Yields (first step, moments of the steps from there on). All windows of all processes go through a piece before
+        the next begins, so the sums of a step are complete when it is yielded, and only STEPS_AT_ONCE steps are held.
+        What the scan read is kept within the budget, for `advance` after a change of A_log alone.
+        """
+        stream, (D, N), room = self.stream, self.A_log.shape, self.stream.budget
+        carries: dict[int, Carry] = {}
+        for steps in stream.pieces():
+            moments = ScanMoments.zeros(needs, steps.stop - steps.start, D, N, stream.device)
+            for rows in stream.batches():
+                before = carries.get(rows.start)
+                hidden = stream.hidden[rows, steps].to(stream.device)
+                inputs, conv = scan_inputs(self.block, hidden, before and before.conv)
+                _, state = scan(self.block, inputs, before and before.state, moments)
+                carries[rows.start] = Carry(conv, state)
+                if inputs.nbytes() <= room:
+                    self._kept[steps.start, rows.start] = inputs.compact(), conv
+                    room -= inputs.nbytes()
+            ranks.all_sum(*moments.tensors())
+            yield steps.start, moments
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Replaces the stream by what leaves the block.
+
+        Of what `observe_states` kept, only the scan and out_proj are computed again: nothing but A_log may have changed.
+        """
+        self._run({}, keep_outputs=True, to_output=True)
+
+    def forget(self) -> None:
+        """Lets go of what `observe_states` kept: for changes of more than A_log."""
+        self._kept.clear()
+
+    def _run(self, taps: Taps, *, keep_outputs: bool, to_output: bool) -> None:
+        """All windows through the block, batch after batch, each in pieces."""
+        stream = self.stream
+        finite = torch.ones((), dtype=torch.bool, device=stream.device)
+        for rows in stream.batches():
+            conv = state = None
+            for steps in stream.pieces():
+                hidden = stream.hidden[rows, steps].to(stream.device)
+                kept = self._kept.pop((steps.start, rows.start), None)
+                inputs, conv = kept or scan_inputs(self.block, hidden, conv, taps)
+                if not to_output:
+                    continue
+                y, state = scan(self.block, inputs, state)
+                out = output(self.block, hidden, y, taps)
+                if keep_outputs:
+                    finite &= torch.isfinite(out).all()
+                    stream.hidden[rows, steps] = out.to(stream.hidden.dtype)
+        self.advanced = keep_outputs
+        if not finite:
+            raise DivergenceError(f"layer {self.index} puts out values that are not finite")
+
+
+@torch.no_grad()
+def walk(model: nn.Module, stream: Stream, first: int = 0, stop: int | None = None) -> Iterator[BlockView]:
+    """Yields the blocks first <= i < stop in order; all layers of the model move the stream on.
+
+    After the caller is done with a block its outputs are computed from the block as it then is.
+
+    Raises:
+        DivergenceError: naming the layer whose outputs are not finite.
+    """
+    layers = model.backbone.layers
+    stop = len(layers) if stop is None else stop
+    for index, block in enumerate(layers):
+        home = block.norm.weight.device
+        block.to(stream.device)
+        view = BlockView(index, block, stream)
+        if first <= index < stop:
+            yield view
+        if not view.advanced:
+            view.advance()
+        block.to(home)

@@ -1,0 +1,145 @@
+"""Fixtures that the tests share: random stock models, the demo checkpoint, a folder of text, the command in process."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+from sparsessm.walk import Stream
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WORDS = """time state model river stone light window paper garden music silver morning letter winter engine harbour the of
+and to in that was with from which over under between after before never always seven green quiet small""".split()
+
+
+def random_model(*, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> MambaForCausalLM:
+    """A stock model on the CPU in which no parameter is constant, ordered or symmetric."""
+    defaults = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=6, conv_kernel=4, time_step_rank=3)
+    config = MambaConfig(**{**defaults, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **sizes})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MambaForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape)
+            if name.endswith(".A_log"):
+                new = torch.log(torch.arange(1.0, parameter.shape[1] + 1)) + 0.4 * noise
+            elif name.endswith("dt_proj.bias"):
+                new = -2.0 + noise
+            elif "norm" in name or name.endswith(".D"):
+                new = 1.0 + 0.3 * noise
+            elif name.endswith(".bias"):
+                new = 0.3 * noise
+            elif "embeddings" in name or "lm_head" in name:
+                new = 0.6 * noise
+            elif name.endswith("conv1d.weight"):
+                new = 0.5 * noise
+            else:
+                new = noise / parameter.shape[1] ** 0.5
+            parameter.data.copy_(new)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_model():
+    """tiny_model(seed=..., dtype=..., **config) makes a seeded random MambaForCausalLM of two layers."""
+    return random_model
+
+
+@pytest.fixture
+def tiny_windows():
+    """tiny_windows(n, L) makes seeded token ids (n,L) for a tiny model."""
+
+    def make(n: int = 4, L: int = 24, *, seed: int = 1, vocab: int = 64) -> torch.Tensor:
+        return torch.randint(vocab, (n, L), generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture
+def embed():
+    """embed(model, windows, batch=...) is the stream that enters the first block, on the CPU."""
+
+    def make(model: MambaForCausalLM, windows: torch.Tensor, batch: int = 2) -> Stream:
+        return Stream.embed(model, windows, device="cpu", offload="cpu", batch=batch)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_dir() -> Path:
+    return REPOSITORY / "data" / "mamba-demo"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of corpora that lies beside the repository on the project's machines."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("there is no folder shared beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory) -> Path:
+    """train.txt and test.txt of fixed words, enough for some windows of 64 of the demo tokenizer."""
+    folder = tmp_path_factory.mktemp("text")
+    for split, lines in (("train", 120), ("test", 40)):
+        draw = random.Random(split)
+        text = "\n".join(" ".join(draw.choices(WORDS, k=12)) + " ." for _ in range(lines))
+        (folder / f"{split}.txt").write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path, demo_dir):
+    """tiny_checkpoint(name, **config) saves a tiny model with the demo's tokenizer and vocabulary; returns the folder."""
+
+    def make(name: str = "tiny", **sizes: Any) -> Path:
+        folder = tmp_path / name
+        random_model(**{"vocab_size": 4096, **sizes}).save_pretrained(folder)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(demo_dir / file, folder)
+        return folder
+
+    return make
+
+
+class Outcome(NamedTuple):
+    """What a call of the command left: exit code, output, and what metrics.json holds (None where there is none)."""
+
+    code: int
+    stdout: str
+    stderr: str
+    metrics: dict[str, Any] | None
+    folder: Path | None = None  # the run's, where there is one
+
+
+@pytest.fixture
+def run_main(tmp_path, capsys):
+    """run_main([MODEL, DATASET, ...]) calls the command in this process, each call with a base_dir of its own."""
+    import main
+
+    calls = 0
+
+    def call(args, base_dir: bool = True) -> Outcome:
+        nonlocal calls
+        calls += 1
+        base = tmp_path / f"runs-{calls}"
+        capsys.readouterr()
+        code = main.main([*(["--base_dir", str(base)] if base_dir else []), *map(str, args)])
+        captured = capsys.readouterr()
+        folder = next(base.glob("*/*"), None)
+        found = folder and folder / "metrics.json"
+        metrics = json.loads(found.read_text()) if found and found.is_file() else None
+        return Outcome(code, captured.out, captured.err, metrics, folder)
+
+    return call

@@ -1,0 +1,50 @@
+import pytest
+
+from sparsessm.pruning.aggregation import AGGREGATES
+from sparsessm.pruning.methods import METHODS
+from sparsessm.pruning.saliency import SALIENCIES
+
+# The method tables of the specification: saliency, aggregation over time, structure.
+ON_A_LOG = {
+    "sparsessm": ("a_log", "vote", "entries"),
+    "sparsessm_dev": ("transition", "power", "entries"),
+    "ts_real": ("a_log", "sum", "entries"),
+    "ts_semi": ("a_log", "vote", "n:m"),
+    "structure_ts": ("a_log", "vote", "columns"),
+}
+BY_MAGNITUDE = {"magnitude": "entries", "mag_semi": "n:m", "structure_mag": "columns"}
+ON_WEIGHTS = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "obs", "sparsessm": "obs", "sparsessm_dev": "obs"}
+
+
+@pytest.mark.parametrize("name", ON_A_LOG)
+def test_methods_on_A_log(name):
+    method = METHODS[name]
+    assert (method.saliency, method.aggregate, method.structure) == ON_A_LOG[name]
+    assert method.prunes_A_log and not method.obs_on_A_log
+
+
+@pytest.mark.parametrize("name", BY_MAGNITUDE)
+def test_methods_by_magnitude_of_A_log(name):
+    assert (METHODS[name].saliency, METHODS[name].structure) == ("magnitude", BY_MAGNITUDE[name])
+
+
+@pytest.mark.parametrize("name", ["gpt_extend", "sparsegpt"])
+def test_obs_on_A_log(name):
+    assert METHODS[name].obs_on_A_log and METHODS[name].saliency is None and METHODS[name].prunes_A_log
+
+
+@pytest.mark.parametrize("name", ON_WEIGHTS)
+def test_methods_on_weights(name):
+    assert METHODS[name].weights == ON_WEIGHTS[name]
+    assert METHODS[name].sensitive == (name in ("sparsessm", "sparsessm_dev"))
+
+
+def test_wanda_has_no_rule_for_A_log():
+    assert not METHODS["wanda"].prunes_A_log
+
+
+def test_every_part_that_a_method_names_exists():
+    for method in METHODS.values():
+        assert method.saliency is None or method.saliency in SALIENCIES
+        assert (method.aggregate is None) == (method.saliency is None)
+        assert method.aggregate is None or method.aggregate in AGGREGATES

@@ -1,0 +1,151 @@
+"""The command line's words: spellings that must work, and mistakes that must be named in one line."""
+
+import pytest
+from transformers import MambaConfig
+
+from sparsessm.errors import InputError
+from sparsessm import options
+from sparsessm.options import check_model
+from sparsessm.pruning.methods import METHODS
+from sparsessm.pruning.patterns import Columns, NofM, Unstructured
+
+
+
+def parse(words):
+    chosen, resumed = options.parse(words)
+    assert resumed is None
+    return chosen
+
+
+BASE = ["demo", "demo"]
+PRUNE = [*BASE, "--method", "sparsessm", "--prune_A", "--sparsity", "0.5"]
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"), [([], False), (["--prune_A"], True), (["--prune_A", "True"], True), (["--prune_A", "False"], False),
+                          (["--prune_A=True"], True), (["--prune_A=false"], False)]
+)  # fmt: skip
+def test_booleans_take_no_word_or_true_or_false(words, wanted):
+    assert parse([*BASE, "--method", "magnitude", "--prune_layers", "--sparsity", "0.5", *words]).prune_A is wanted
+
+
+def test_released_defaults():
+    chosen = parse(PRUNE)
+    found = (chosen.nsamples, chosen.seqlen, chosen.seed, chosen.percdamp, chosen.blocksize, chosen.alpha)
+    assert found == (128, 2048, 0, 0.01, 128, 0.0)
+    assert (chosen.minlayer, chosen.maxlayer, chosen.target_modules) == (-1, 1000, ("nn.Linear", "nn.Conv1d"))
+
+
+def test_the_readmes_spellings():
+    chosen = parse([*BASE, "--method", "sparsessm", "--prune_layer", "True", "--sparsity", "0.5",
+                     "--target_modules", "nn.Conv1d", "nn.Linear", "--alpha", "0.04"])  # fmt: skip
+    assert chosen.prune_layers and chosen.modules == ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+    assert chosen.weight_plan().alpha == 0.04
+
+
+def test_model_and_dataset_as_flags():
+    chosen = parse(["--model_path", "demo", "--dataset", "wikitext2"])
+    assert (chosen.model, chosen.dataset) == ("demo", "wikitext2")
+
+
+def test_a_pattern_for_each_structure():
+    assert parse(PRUNE).pattern == Unstructured(0.5)
+    assert parse([*PRUNE, "--prunen", "2", "--prunem", "4"]).pattern == NofM(2, 4)
+    assert parse([*BASE, "--method", "structure_ts", "--prune_A", "--sparsity", "0.25"]).pattern == Columns(0.25)
+
+
+def test_overrides_replace_one_part_of_the_method():
+    plan = parse([*PRUNE, "--saliency", "transition", "--aggregate", "window", "--time_window", "0.5"]).transition_plan()
+    assert (plan.saliency, plan.aggregate, plan.parameter) == ("transition", "window", 0.5)
+    plan = parse([*PRUNE, "--aggregate", "discount"]).transition_plan()
+    assert (plan.saliency, plan.aggregate, plan.parameter) == ("a_log", "discount", 0.9)
+
+
+def test_alpha_spreads_only_where_the_method_says_so():
+    words = [*BASE, "--prune_layers", "--sparsity", "0.5", "--alpha", "0.1", "--method"]
+    assert parse([*words, "sparsessm_dev"]).weight_plan().alpha == 0.1
+    assert parse([*words, "sparsegpt"]).weight_plan().alpha == 0.0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_does_what_its_row_says(name):
+    method = METHODS[name]
+    share = ["--prunen", "2", "--prunem", "4"] if method.structure == "n:m" else ["--sparsity", "0.5"]
+    for flag, able in (("--prune_A", method.prunes_A_log), ("--prune_layers", method.weights is not None)):
+        words = [*BASE, "--method", name, flag, *share]
+        if able:
+            parse(words)
+        else:
+            with pytest.raises(InputError, match="has no rule for"):
+                parse(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["demo"], "give a MODEL and a DATASET"),
+        ([*BASE, "more"], "got 3 words"),
+        ([*BASE, "--dataset", "c4"], "given twice"),
+        ([*BASE, "--colour", "red"], "unrecognized arguments"),
+        ([*BASE, "--nsample", "3"], "unrecognized arguments"),
+        ([*PRUNE, "--method", "sparsesm"], "invalid choice"),
+        ([*PRUNE, "--prune_A", "perhaps"], "expected True or False"),
+        ([*PRUNE, "--sparsity", "1"], "--sparsity must lie between 0 and 1"),
+        ([*PRUNE, "--sparsity", "0"], "--sparsity must lie between 0 and 1"),
+        ([*PRUNE, "--sparsity", "nan"], "--sparsity must lie between 0 and 1"),
+        ([*PRUNE, "--nsamples", "0"], "--nsamples must be at least 1"),
+        ([*PRUNE, "--seqlen", "0"], "--seqlen must be at least 1"),
+        ([*PRUNE, "--seqlen", "1"], "--seqlen must be at least 2"),
+        ([*PRUNE, "--eval_windows", "0"], "--eval_windows must be at least 1"),
+        ([*PRUNE, "--memory_budget", "-1"], "--memory_budget must not be negative"),
+        (["--resume", "nowhere"], "holds no options.json"),
+        (["--resume", "nowhere", "--seed", "1"], "leave out all others"),
+        ([*PRUNE, "--percdamp", "-1"], "--percdamp must not be negative"),
+        ([*PRUNE, "--alpha", "0.5"], "keep alpha below 0.5"),
+        ([*PRUNE, "--sparsity", "0.1", "--alpha", "0.2"], "keep alpha below 0.1"),
+        ([*PRUNE, "--alpha", "-0.1"], "--alpha must not be negative"),
+        ([*PRUNE, "--prunen", "4", "--prunem", "4"], "--prunen must be at least 1 and below --prunem"),
+        ([*PRUNE, "--prunen", "0", "--prunem", "4"], "--prunen must be at least 1 and below --prunem"),
+        ([*PRUNE, "--prunen", "1", "--prunem", "4"], "contradicts 1:4"),
+        ([*PRUNE, "--prunen", "2", "--prunem", "4", "--blocksize", "6"], "must divide --blocksize"),
+        ([*PRUNE, "--prunen", "2", "--prunem", "4", "--alpha", "0.1"], "leave it out with --prunen"),
+        ([*PRUNE, "--time_window", "0"], "--time_window"),
+        ([*PRUNE, "--time_discount", "0"], "--time_discount"),
+        ([*BASE, "--method", "sparsessm", "--sparsity", "0.5"], "give --prune_A, --prune_layers or both"),
+        ([*BASE, "--method", "sparsessm", "--prune_A"], "needs --sparsity"),
+        ([*BASE, "--method", "ts_semi", "--prune_A", "--sparsity", "0.5"], "needs N:M"),
+        ([*BASE, "--method", "structure_ts", "--prune_A", "--prunen", "2", "--prunem", "4"], "removes whole states"),
+        ([*BASE, "--method", "sparsegpt", "--prune_A", "--sparsity", "0.5", "--saliency", "a_log"], "does not score A_log"),
+        ([*BASE, "--prune_A"], "say how to prune with --method"),
+        ([*BASE, "--sparsity", "0.5"], "say how to prune with --method"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_in_one_line(words, says):
+    with pytest.raises(InputError, match=says) as caught:
+        parse(words)
+    assert "\n" not in str(caught.value)
+
+
+SMALL = MambaConfig(hidden_size=24, state_size=12, num_hidden_layers=3, conv_kernel=4, vocab_size=64)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([*PRUNE, "--minlayer", "3"], "leave none of the model's 3 layers"),
+        ([*PRUNE, "--prunen", "4", "--prunem", "8"], "--prunem 8 does not divide the state size 12"),
+        ([*BASE, "--method", "structure_ts", "--prune_A", "--sparsity", "0.5", "--minlayer", "1"], "needs every layer"),
+        ([*BASE, "--method", "structure_ts", "--prune_A", "--sparsity", "0.01"], "removes none or all of the 12 states"),
+        ([*BASE, "--method", "sparsegpt", "--prune_layers", "--prunen", "2", "--prunem", "4"], "2 columns of dt_proj"),
+        ([*BASE, "--method", "sparsegpt", "--prune_layers", "--prunen", "4", "--prunem", "8",
+          "--target_modules", "nn.Conv1d"], "4 columns of conv1d"),
+    ],
+)  # fmt: skip
+def test_mistakes_that_the_config_shows(words, says):
+    with pytest.raises(InputError, match=says):
+        check_model(parse(words), SMALL)
+
+
+def test_layer_range_is_cut_to_the_model():
+    assert check_model(parse(PRUNE), SMALL) == (0, 3)
+    assert check_model(parse([*PRUNE, "--minlayer", "1", "--maxlayer", "2"]), SMALL) == (1, 2)
