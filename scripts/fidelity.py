@@ -23,7 +23,7 @@ from sparsessm.evaluation.perplexity import perplexity  # noqa: E402
 from sparsessm.model.block import MODULES, prune_transitions  # noqa: E402
 from sparsessm.pipeline import TransitionPlan, WeightPlan, prune_A_log, prune_weights  # noqa: E402
 from sparsessm.pruning.aggregation import Aggregator  # noqa: E402
-from sparsessm.pruning.patterns import Pattern, Unstructured  # noqa: E402
+from sparsessm.pruning.patterns import NofM, Pattern, Unstructured  # noqa: E402
 from sparsessm.pruning.saliency import SALIENCIES  # noqa: E402
 from sparsessm.reporting.tables import text_table  # noqa: E402
 from sparsessm.walk import BlockView, Stream, walk  # noqa: E402
@@ -53,14 +53,22 @@ def vote(scores: Tensor, pattern: Pattern, first_step: bool) -> Tensor:
 
 
 @torch.no_grad()
-def prune_like(model: nn.Module, stream: Stream, choose: Callable[[BlockView], Tensor], during: str) -> None:
-    """Prunes A_log; the walk goes on with transition `during`, the model ends with transition zero."""
+def prune_like(model: nn.Module, stream: Stream, choose: Callable[[BlockView], Tensor], during: str, after: str) -> None:
+    """Prunes A_log; the walk goes on with transition `during`, the model ends with transition `after`."""
     masks = []
     for view in walk(model, stream):
         masks.append(choose(view))
         prune_transitions(view.block, masks[-1], during)
     for block, mask in zip(model.backbone.layers, masks):
-        prune_transitions(block, mask, "zero")
+        prune_transitions(block, mask, after)
+
+
+def without_skipped(model: nn.Module, stream: Stream, plan: TransitionPlan, first: int) -> None:
+    """Prunes the layers from `first` on, as if those before it passed nothing on."""
+    skipped = model.backbone.layers[:first]
+    model.backbone.layers = model.backbone.layers[first:]
+    prune_A_log(model, stream, plan, 0, len(model.backbone.layers), silent)
+    model.backbone.layers = nn.ModuleList([*skipped, *model.backbone.layers])
 
 
 def fidelity(*, model: str, dataset: str, seqlen: int, nsamples: int, eval_windows: int) -> None:
@@ -80,8 +88,8 @@ def fidelity(*, model: str, dataset: str, seqlen: int, nsamples: int, eval_windo
         prune(loaded)
         return f"{perplexity(loaded, windows, device='cpu', offload='cpu', batch=8).value:.2f}"
 
-    def transitions(**plan: object) -> Callable[[nn.Module], object]:
-        return lambda m: prune_A_log(m, embed(m), TransitionPlan(HALF, **plan), 0, layers, silent)
+    def transitions(pattern: Pattern = HALF, first: int = 0, **plan: object) -> Callable[[nn.Module], object]:
+        return lambda m: prune_A_log(m, embed(m), TransitionPlan(pattern, **plan), first, layers, silent)
 
     def weights(modules: tuple[str, ...], alpha: float, conv: str, stale: bool) -> Callable[[nn.Module], object]:
         plan = WeightPlan(HALF, "obs", modules, alpha, conv)
@@ -99,17 +107,27 @@ def fidelity(*, model: str, dataset: str, seqlen: int, nsamples: int, eval_windo
     def uneven(view: BlockView) -> Tensor:
         return vote(SALIENCIES["a_log"].score(view.A_log, uneven_moments(view), None), HALF, first_step=False)
 
-    def like(choose: Callable[[BlockView], Tensor], during: str = "zero") -> Callable[[nn.Module], object]:
-        return lambda m: prune_like(m, embed(m), choose, during)
+    def like(
+        choose: Callable[[BlockView], Tensor], during: str = "zero", after: str = "zero"
+    ) -> Callable[[nn.Module], object]:
+        return lambda m: prune_like(m, embed(m), choose, during, after)
 
+    paper = {"saliency": "a_log", "aggregate": "vote"}
+    half = layers // 2
     linear = tuple(name for name in MODULES if name != "conv1d")
     rows = [
         ("dense", lambda m: None),
-        ("sparsessm, as here", transitions(saliency="a_log", aggregate="vote")),
+        ("sparsessm, as here", transitions(**paper)),
         ("  layers recomputed with unit, evaluated with zero", like(june, during="unit")),
         ("  sample k weighs k", like(uneven)),
         ("  the first step votes too", like(lambda view: june(view, first_step=True))),
+        ("  saved with raw zeros, as other runtimes run it", like(june, after="unit")),
+        (f"sparsessm, layers {half} to {layers - 1}, as here", transitions(first=half, **paper)),
+        ("  skipped layers pass nothing on", lambda m: without_skipped(m, embed(m), TransitionPlan(HALF, **paper), half)),
         ("sparsessm_dev, as here", transitions(saliency="transition", aggregate="power")),
+        ("ts_semi 2:4, as here", transitions(NofM(2, 4), **paper)),
+        ("  transition and window, as in October", transitions(NofM(2, 4), saliency="transition", aggregate="window")),
+        ("gpt_extend, as here", transitions(obs=True)),
         ("linear and conv1d, alpha 0.04, as here", weights(MODULES, 0.04, "tap", False)),
         ("  conv1d by the channel Hessian", weights(MODULES, 0.04, "channel", False)),
         ("  pass 2 starts from the last layer's outputs", weights(MODULES, 0.04, "tap", True)),
