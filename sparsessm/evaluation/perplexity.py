@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from sparsessm import ranks
 from sparsessm.walk import Stream, walk
 
-# Logits that exist at once: with a vocabulary of 50 thousand, 2.7 thousand tokens in half a gigabyte.
-_LOGITS_AT_ONCE = 1 << 27
+# Logits that exist at once, in one buffer that is used again: with a vocabulary of 50 thousand, those of 667 tokens.
+_LOGITS_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,15 @@ def perplexity(
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.shape[0], tokens)
 
 
-def _negative_log_likelihood(model: nn.Module, hidden: Tensor, ids: Tensor) -> float:
-    """Sum over the batch of -log p(token | tokens before it); hidden (B,L,M), ids (B,L)."""
+def _negative_log_likelihood(model: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Sum over the batch of -log p(token | tokens before it), () float64; hidden (B,L,M), ids (B,L)."""
     norm, head = model.backbone.norm_f, model.lm_head
     x = norm(hidden.to(norm.weight.dtype))[:, :-1].flatten(0, 1)  # (B,L,M) -> (B*(L-1),M)
     targets = ids[:, 1:].flatten()
-    total = 0.0
-    rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
-    for part, target in zip(x.split(rows), targets.split(rows)):
-        logits = head(part).float()  # (rows,V)
-        total += float(F.cross_entropy(logits, target, reduction="none").double().sum())
+    rows = min(len(x), max(1, _LOGITS_AT_ONCE // head.weight.shape[0]))
+    buffer = x.new_empty(rows, head.weight.shape[0])  # (rows,V)
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for part, target in zip(x.split(rows), targets.split(rows), strict=True):
+        logits = torch.mm(part, head.weight.T, out=buffer[: len(part)])  # stock Mamba heads have no bias
+        total += F.cross_entropy(logits.float(), target, reduction="none").double().sum()
     return total

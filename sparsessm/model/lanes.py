@@ -290,3 +290,45 @@ def softplus(x):
 @njit(nogil=True)
 def silu(x):
     return x / (fill(1.0) + exp(fill(0.0) - larger(x, fill(-88.0))))
+
+
+@njit(nogil=True)
+def add_tile(tile, sums, to, N, count):
+    """Adds a tile (N,LANES) to sums[to:] (count,N)."""
+    n8 = N // 8 * 8 if count == LANES else 0
+    for n in range(0, n8, 8):
+        add_transposed(sums, to + n, N, tile, n * LANES)
+        add_transposed(sums, to + n + 8 * N, N, tile, n * LANES + 8)
+    for lane in range(count):
+        for n in range(n8, N):
+            sums[to + lane * N + n] += tile[n * LANES + lane]
+
+
+@njit(nogil=True)
+def pair_at(i, j):
+    """Where the sums of products of states i >= j stand: in squares of 2 x 2, row after row of the lower triangle."""
+    return ((i // 2 * (i // 2 + 1) // 2 + j // 2) * 4 + i % 2 * 2 + j % 2) * LANES
+
+
+@njit(nogil=True)
+def add_products(values, at, length, rows, sums, to):
+    """sums += sum over the steps of values[i] values[j], for i >= j; values [step][n][lane], see `pair_at` for sums."""
+    for i in range(0, rows, 2):
+        for j in range(0, i + 1, 2):
+            s00 = fill(0.0)
+            s01 = fill(0.0)
+            s10 = fill(0.0)
+            s11 = fill(0.0)
+            for t in range(length):
+                k = at + t * rows * LANES
+                x0, x1 = load(values, k + i * LANES), load(values, k + (i + 1) * LANES)
+                y0, y1 = load(values, k + j * LANES), load(values, k + (j + 1) * LANES)
+                s00 = fma(x0, y0, s00)
+                s01 = fma(x0, y1, s01)
+                s10 = fma(x1, y0, s10)
+                s11 = fma(x1, y1, s11)
+            store(sums, to, load(sums, to) + double(s00))
+            store(sums, to + LANES, load(sums, to + LANES) + double(s01))
+            store(sums, to + 2 * LANES, load(sums, to + 2 * LANES) + double(s10))
+            store(sums, to + 3 * LANES, load(sums, to + 3 * LANES) + double(s11))
+            to += 4 * LANES

@@ -10,24 +10,29 @@ there are, for the cut does not.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
+from sparsessm.model import lanes
 from sparsessm.model.lanes import (
     LANES,
     LOG2E,
-    add_transposed,
+    add_products,
+    add_tile,
     double,
     fill,
     fill_from,
     fma,
     load,
     load_part,
+    pair_at,
     power,
     prefetch,
     silu,
@@ -46,8 +51,8 @@ PIECES = 8
 EFFECT_ZERO, EFFECT_UNIT, EFFECT_REMOVED = range(3)
 
 
-@njit(nogil=True, cache=True)
-def _scan(
+@njit(nogil=True)
+def _scan_piece(
     piece, shape, block, strides, u, delta, z, B, C, y, A, skip, bias, with_softplus, with_gate, state,
     h2, abar, hh, gram, effect, twin,
 ):  # fmt: skip
@@ -63,7 +68,8 @@ def _scan(
     with_sums = h2.size + abar.size + hh.size + gram.size > 0
 
     # Channels into lanes: a [group][n][lane], states [group][n][sample][lane].
-    a, skips, biases = np.zeros(groups * N * LANES, np.float32), np.zeros(groups * LANES, np.float32), np.zeros(groups * LANES, np.float32)
+    a = np.zeros(groups * N * LANES, np.float32)
+    skips, biases = np.zeros(groups * LANES, np.float32), np.zeros(groups * LANES, np.float32)
     for c in range(last_channel - first_channel):
         d, g, lane = first_channel + c, c // LANES, c % LANES
         skips[c], biases[c] = skip[d], bias[d]
@@ -91,23 +97,26 @@ def _scan(
             part = (first_sample, batch, first_channel, last_channel, start, stop, first, last)
             _prepare(part, strides, u, delta, z, biases, with_softplus, with_gate, dts, dtxs, gates)
             if with_sums:
-                _steps_with_sums(part, steps, D, N, strides, u, B, C, y, a, skips, dts, dtxs, gates, hs, h2, abar, entered, lost, effect, twins)
+                _steps_with_sums(
+                    part, steps, D, N, strides, u, B, C, y, a, skips, dts, dtxs, gates, hs,
+                    h2, abar, entered, lost, effect, twins,
+                )  # fmt: skip
             else:
                 _steps(part, N, strides, u, B, C, y, a, skips, dts, dtxs, gates, hs)
             for g in range(last - first):
                 for b in range(batch):
                     at = (g * batch + b) * CHUNK * rows * LANES
                     if hh.size:
-                        _add_products(entered, at, stop - start, rows, hh_sums, 0)
+                        add_products(entered, at, stop - start, rows, hh_sums, 0)
                     if gram.size:
-                        _add_products(lost, at, stop - start, rows, gram_sums, (first + g) * pairs)
+                        add_products(lost, at, stop - start, rows, gram_sums, (first + g) * pairs)
 
     _exchange(state, hs, piece, D, N, False)
     if twin.size:
         _exchange(twin, twins, piece, D, N, False)
     for i in range(N):
         for j in range(i + 1):
-            at = _pair(i, j)
+            at = pair_at(i, j)
             if hh.size:
                 total = hh_sums[at : at + LANES].sum()
                 hh[i * N + j] += total
@@ -120,6 +129,24 @@ def _scan(
                     gram[to + i * N + j] += total
                     if i != j:
                         gram[to + j * N + i] += total
+
+
+def _cached(lanes_source: str):
+    """`_scan_piece`, compiled once and kept on disk.
+
+    numba looks only at the file of a function to tell whether what it kept is still good; what it closes over is part
+    of the name, so a change of the vectors' source counts as well.
+    """
+
+    @njit(nogil=True, cache=True)
+    def scan(task):
+        if len(lanes_source) > 0:
+            _scan_piece(*task)
+
+    return scan
+
+
+_scan = _cached(hashlib.sha256(Path(lanes.__file__).read_bytes()).hexdigest())
 
 
 @njit(nogil=True)
@@ -166,7 +193,9 @@ def _steps(part, N, strides, u, B, C, y, a, skips, dts, dtxs, gates, hs):
 
 
 @njit(nogil=True)
-def _steps_with_sums(part, steps, D, N, strides, u, B, C, y, a, skips, dts, dtxs, gates, hs, h2, abar, entered, lost, effect, twins):
+def _steps_with_sums(
+    part, steps, D, N, strides, u, B, C, y, a, skips, dts, dtxs, gates, hs, h2, abar, entered, lost, effect, twins
+):
     """The recurrence over a part of a scan, with what `ScanMoments` asks for; one state of all samples after the other."""
     first_sample, batch, first_channel, last_channel, start, stop, first, last = part
     h2_tile, abar_tile, outs = np.empty(N * LANES), np.empty(N * LANES), np.empty(batch * LANES, np.float32)
@@ -182,7 +211,8 @@ def _steps_with_sums(part, steps, D, N, strides, u, B, C, y, a, skips, dts, dtxs
                 store(outs, b * LANES, load(skips, g * LANES) * x)
             ahead = ((time + 1) * D + c) * N if time + 1 < steps else 0
             for n in range(N):
-                if with_h2:
+                at += batch * LANES
+            if with_h2:
                     prefetch(h2, ahead + n * LANES)
                     prefetch(h2, ahead + n * LANES + 8)
                 if with_abar:
@@ -199,7 +229,8 @@ def _steps_with_sums(part, steps, D, N, strides, u, B, C, y, a, skips, dts, dtxs
                     o = b * LANES
                     dt, h = load(dts, at + o), load(hs, k + o)
                     e = power(dt, an)
-                    if with_h2:
+                    at += batch * LANES
+            if with_h2:
                         wide = double(h)
                         h2_sum = fma(wide, wide, h2_sum)
                     if with_abar:
@@ -230,21 +261,9 @@ def _steps_with_sums(part, steps, D, N, strides, u, B, C, y, a, skips, dts, dtxs
                 store_part(y, to, count, load(outs, b * LANES) * load(gates, at + b * LANES))
             at += batch * LANES
             if with_h2:
-                _flush(h2_tile, h2, (time * D + c) * N, N, count)
+                add_tile(h2_tile, h2, (time * D + c) * N, N, count)
             if with_abar:
-                _flush(abar_tile, abar, (time * D + c) * N, N, count)
-
-
-@njit(nogil=True)
-def _flush(tile, sums, to, N, count):
-    """Adds a tile (N,LANES) to sums[to:] (count,N)."""
-    n8 = N // 8 * 8 if count == LANES else 0
-    for n in range(0, n8, 8):
-        add_transposed(sums, to + n, N, tile, n * LANES)
-        add_transposed(sums, to + n + 8 * N, N, tile, n * LANES + 8)
-    for lane in range(count):
-        for n in range(n8, N):
-            sums[to + lane * N + n] += tile[n * LANES + lane]
+                add_tile(abar_tile, abar, (time * D + c) * N, N, count)
 
 
 @njit(nogil=True)
@@ -262,36 +281,6 @@ def _exchange(whole, lanes, piece, D, N, gather):
                     lanes[k] = whole[w]
                 else:
                     whole[w] = lanes[k]
-
-
-@njit(nogil=True)
-def _pair(i, j):
-    """Where the sums of products of states i >= j stand: in squares of 2 x 2, row after row of the lower triangle."""
-    return ((i // 2 * (i // 2 + 1) // 2 + j // 2) * 4 + i % 2 * 2 + j % 2) * LANES
-
-
-@njit(nogil=True)
-def _add_products(values, at, length, rows, sums, to):
-    """sums += sum over the steps of values[i] values[j], for i >= j; values [step][n][lane], see `_pair` for sums."""
-    for i in range(0, rows, 2):
-        for j in range(0, i + 1, 2):
-            s00 = fill(0.0)
-            s01 = fill(0.0)
-            s10 = fill(0.0)
-            s11 = fill(0.0)
-            for t in range(length):
-                k = at + t * rows * LANES
-                x0, x1 = load(values, k + i * LANES), load(values, k + (i + 1) * LANES)
-                y0, y1 = load(values, k + j * LANES), load(values, k + (j + 1) * LANES)
-                s00 = fma(x0, y0, s00)
-                s01 = fma(x0, y1, s01)
-                s10 = fma(x1, y0, s10)
-                s11 = fma(x1, y1, s11)
-            store(sums, to, load(sums, to) + double(s00))
-            store(sums, to + LANES, load(sums, to + LANES) + double(s01))
-            store(sums, to + 2 * LANES, load(sums, to + 2 * LANES) + double(s10))
-            store(sums, to + 3 * LANES, load(sums, to + 3 * LANES) + double(s11))
-            to += 4 * LANES
 
 
 def selective_scan_cpu(
@@ -326,8 +315,8 @@ def selective_scan_cpu(
     views, strides = zip(*(_view(x) for x in (u, delta, y if z is None else z, B, C, y)), strict=True)
     pieces = _cut(batch, channels, together=bool(moments.tensors()))
     hh = np.zeros((len(pieces), 0 if moments.hh is None else N * N))
-    lanes = batch if moments.tensors() else 1  # samples of a piece
-    block = max(1, BLOCK_BYTES // (LANES * 4 * N * lanes))
+    together = batch if moments.tensors() else 1  # samples of a piece
+    block = max(1, BLOCK_BYTES // (LANES * 4 * N * together))
     _run([
         (
             piece, (batch, steps, channels, N), block, np.array(strides), *views, _flat(A.double() * LOG2E),
@@ -388,7 +377,7 @@ def _run(tasks: list[tuple]) -> None:
 
     def work() -> None:
         for task in left:
-            _scan(*task)
+            _scan(task)
 
     if threads <= 1:
         return work()

@@ -1,0 +1,73 @@
+"""What the benchmarks share: peers timed in turn in one process, medians, and a line about the machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import MambaConfig, MambaForCausalLM  # noqa: E402
+
+transformers.utils.logging.set_verbosity_error()
+
+# Sizes of the published models: d_model, layers.
+SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}
+
+
+def machine() -> str:
+    """One line: processor, threads, versions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}; {versions}"
+
+
+def in_turn(peers: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each peer in each round; one call each to warm up, then all peers one after the other, round by round."""
+    for peer in peers.values():
+        peer()
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(rounds):
+        for name, peer in peers.items():
+            start = time.perf_counter()
+            peer()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    """Median over the rounds of slow / fast: pairs taken in turn stand the drift of a shared machine."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def random_model(shape: str, layers: int, *, vocab: int = 50280, seed: int = 0) -> MambaForCausalLM:
+    """A stock model of a published shape with random weights and so many layers."""
+    d_model, _ = SHAPES[shape]
+    torch.manual_seed(seed)
+    config = MambaConfig(hidden_size=d_model, num_hidden_layers=layers, vocab_size=vocab, time_step_rank=-(-d_model // 16))
+    return MambaForCausalLM(config).eval().requires_grad_(False)
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls the function in a process of its own, so that its peak of memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
