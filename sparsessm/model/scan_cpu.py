@@ -211,8 +211,7 @@ def _steps_with_sums(
                 store(outs, b * LANES, load(skips, g * LANES) * x)
             ahead = ((time + 1) * D + c) * N if time + 1 < steps else 0
             for n in range(N):
-                at += batch * LANES
-            if with_h2:
+                if with_h2:
                     prefetch(h2, ahead + n * LANES)
                     prefetch(h2, ahead + n * LANES + 8)
                 if with_abar:
@@ -229,8 +228,7 @@ def _steps_with_sums(
                     o = b * LANES
                     dt, h = load(dts, at + o), load(hs, k + o)
                     e = power(dt, an)
-                    at += batch * LANES
-            if with_h2:
+                    if with_h2:
                         wide = double(h)
                         h2_sum = fma(wide, wide, h2_sum)
                     if with_abar:
