@@ -20,6 +20,7 @@ import transformers  # noqa: E402
 from transformers import MambaConfig, MambaForCausalLM  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
 # Sizes of the published models: d_model, layers.
 SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}

@@ -6,6 +6,7 @@ way: a config, an empty model, and every tensor checked as it is put in. Writing
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import struct
@@ -182,7 +183,7 @@ def load(source: Source, dtype: str = "auto") -> MambaForCausalLM:
     """
     wanted = _DTYPES.get(dtype)
     with torch.device("meta"):
-        model = MambaForCausalLM(source.config)
+        model = MambaForCausalLM(copy.deepcopy(source.config))
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     seen = {}
     for file in source.files:

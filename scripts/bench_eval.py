@@ -1,0 +1,77 @@
+"""Perplexity of one batch of windows against stock transformers on the same machine.
+
+    python scripts/bench_eval.py [--shape 130m] [--layers 24] [--batch 8] [--seqlen 512] [--threads 2] [--rounds 3]
+
+Both take the cross entropy of the same windows from the same random float32 weights. The limit is the matrix rate of
+the machine, measured on the spot at the largest product of a block: "gap" is the time here over what the matrix products
+alone would take at that rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+
+import benchmarking
+import torch
+import torch.nn.functional as F
+from benchmarking import SHAPES, in_turn, machine, median_ratio, random_model
+from torch import Tensor
+
+from sparsessm.evaluation.perplexity import perplexity
+from sparsessm.model.block import MODULES
+from sparsessm.reporting.tables import text_table
+
+
+@torch.no_grad()
+def stock(model: torch.nn.Module, windows: Tensor) -> float:
+    """Perplexity by transformers' own forward, as anybody would write it; the cache of states is not asked for."""
+    logits = model(windows, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return math.exp(float(F.cross_entropy(logits.float(), windows[:, 1:].flatten())))
+
+
+def bench(*, shape: str, layers: int, batch: int, seqlen: int, threads: int, rounds: int) -> None:
+    """Prints the table."""
+    torch.set_num_threads(threads)
+    model = random_model(shape, layers)
+    windows = torch.randint(model.config.vocab_size, (batch, seqlen), generator=torch.Generator().manual_seed(1))
+    d_model, tokens = SHAPES[shape][0], batch * seqlen
+    a, b = torch.randn(1024, d_model), torch.randn(d_model, 4 * d_model)
+    found: dict[str, float] = {}
+
+    def here() -> None:
+        found["here"] = perplexity(model, windows, device="cpu", offload="cpu", batch=batch).value
+
+    def there() -> None:
+        found["stock"] = stock(model, windows)
+
+    def products() -> None:
+        for _ in range(20):
+            a @ b
+
+    seconds = in_turn({"here": here, "stock": there, "products": products}, rounds)
+    mixer = model.backbone.layers[0].mixer
+    weights = sum(mixer.get_submodule(name).weight.numel() for name in MODULES if name != "conv1d")
+    flops = 2 * tokens * (layers * weights + model.lm_head.weight.numel())
+    rate = 20 * 2 * 1024 * d_model * 4 * d_model / statistics.median(seconds["products"])
+    print(machine())
+    print(f"{shape}, {layers} layers, {batch} windows of {seqlen}, float32; medians of {rounds} rounds\n")
+    print(text_table([
+        {
+            "evaluation": side, "seconds": f"{statistics.median(seconds[side]):.2f}",
+            "us per token": f"{1e6 * statistics.median(seconds[side]) / tokens:.0f}", "perplexity": f"{found[side]:.2f}",
+        }
+        for side in found
+    ]))  # fmt: skip
+    gap = statistics.median(seconds["here"]) / (flops / rate)
+    print(f"\n{median_ratio(seconds['stock'], seconds['here']):.1f} times faster than stock transformers")
+    print(f"limit: {rate / 1e9:.0f} GFLOP/s of matrix products, gap {gap:.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="130m", choices=tuple(benchmarking.SHAPES))
+    for flag, value in {"layers": 24, "batch": 8, "seqlen": 512, "threads": 2, "rounds": 3}.items():
+        parser.add_argument(f"--{flag}", type=int, default=value)
+    bench(**vars(parser.parse_args()))

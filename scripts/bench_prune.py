@@ -1,0 +1,127 @@
+"""Pruning A_log at the shape of mamba-130m against a plain re-creation of the published procedure.
+
+    python scripts/bench_prune.py [--shape 130m] [--layers 1] [--nsamples 16] [--seqlen 2048] [--threads 2] [--rounds 3]
+
+The published procedure, as its release goes about it: each layer takes one sample after the other, materialises the
+transitions (L,D,N), steps through time in Python with every state in a list, adds the squares to a running sum, selects
+with one topk per time step, and then sends all samples through the pruned layer once more. Both sides prune the same
+random weights by the same formula at 50 %; the share of entries on which their masks agree is printed (the published
+running sum weighs sample k by k; here it is plain, so that the masks can be compared). Each measurement is a process of
+its own: seconds are those of pruning alone, memory is the peak of the process less what it held before. `lean` is the same
+command with --memory_budget 0: nothing is kept between the two passes over a layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import benchmarking
+import torch
+import torch.nn.functional as F
+from benchmarking import alone, machine, median_ratio, peak_memory, random_model
+from torch import Tensor, nn
+
+from sparsessm.pipeline import TransitionPlan, prune_A_log
+from sparsessm.pruning.patterns import Unstructured
+from sparsessm.reporting.tables import text_table
+from sparsessm.walk import Stream
+
+
+def published_mixer(mixer: nn.Module, x: Tensor, states: list[Tensor] | None) -> Tensor:
+    """A mixer the plain way: (1,L,M) -> (1,L,M); appends the state that enters each step to `states`."""
+    u, z = mixer.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (1,D,L)
+    L, K = x.shape[1], mixer.conv1d.weight.shape[-1]
+    u = F.silu(F.conv1d(u, mixer.conv1d.weight, mixer.conv1d.bias, padding=K - 1, groups=u.shape[1])[..., :L])
+    N, R = mixer.A_log.shape[1], mixer.dt_proj.weight.shape[1]
+    delta, B, C = mixer.x_proj(u.transpose(1, 2)).split([R, N, N], dim=-1)
+    dt = F.softplus(mixer.dt_proj(delta)).transpose(1, 2)  # (1,D,L)
+    A = -torch.exp(mixer.A_log)
+    abar = torch.exp(A[None, :, None, :] * dt[..., None]) * (A != -1)[None, :, None, :]  # (1,D,L,N)
+    inflow = dt[..., None] * B[:, None] * u[..., None]
+    h, ys = torch.zeros(1, u.shape[1], N), []
+    for t in range(L):
+        if states is not None:
+            states.append(h)
+        h = abar[:, :, t] * h + inflow[:, :, t]
+        ys.append((h @ C[:, t, :, None]).squeeze(-1))
+    y = torch.stack(ys, dim=-1) + u * mixer.D[:, None]
+    return mixer.out_proj((y * F.silu(z)).transpose(1, 2))
+
+
+@torch.no_grad()
+def published(model: nn.Module, windows: Tensor) -> list[Tensor]:
+    """The published procedure at 50 %; masks (D,N) by layer."""
+    hidden, masks = model.backbone.embeddings(windows), []
+    for block in model.backbone.layers:
+        h2: Tensor | float = 0.0
+        for sample in hidden:
+            states: list[Tensor] = []
+            published_mixer(block.mixer, block.norm(sample[None]), states)
+            h2 = h2 + torch.stack(states, dim=1)[0].square()  # (L,D,N)
+        A_log = block.mixer.A_log
+        k, votes = A_log.numel() // 2, torch.zeros(A_log.numel())
+        for t in range(1, windows.shape[1]):
+            score = (A_log.square() * h2[t]).flatten()
+            votes[torch.topk(score, k, largest=False).indices] += 1
+        mask = torch.zeros(A_log.numel(), dtype=torch.bool)
+        mask[torch.topk(votes, k).indices] = True
+        masks.append(mask.view_as(A_log))
+        A_log.data[masks[-1]] = 0.0  # A = -1, which published_mixer takes for no transition
+        for j, sample in enumerate(hidden):
+            hidden[j] = sample + published_mixer(block.mixer, block.norm(sample[None]), None)[0]
+    return masks
+
+
+def measure(side: str, shape: str, layers: int, nsamples: int, seqlen: int, threads: int) -> dict[str, object]:
+    """Seconds, peak bytes and masks of one side, on the same random weights and tokens."""
+    torch.set_num_threads(threads)
+    model = random_model(shape, layers, vocab=1024)
+    windows = torch.randint(1024, (nsamples, seqlen), generator=torch.Generator().manual_seed(1))
+    plan = TransitionPlan(Unstructured(0.5), saliency="a_log", aggregate="vote")
+    warm = Stream.embed(model, windows[:1, :32], device="cpu", offload="cpu", batch=1)
+    prune_A_log(random_model(shape, 1, vocab=1024), warm, plan, 0, 1, lambda *_, **__: None)  # compiles the scan
+    held, start = peak_memory(), time.perf_counter()
+    if side == "published":
+        masks = published(model, windows)
+    else:
+        budget = 0 if side == "lean" else None
+        stream = Stream.embed(model, windows, device="cpu", offload="cpu", batch=8, budget=budget)
+        masks = list(prune_A_log(model, stream, plan, 0, layers, lambda *_, **__: None).values())
+    return {"seconds": time.perf_counter() - start, "bytes": peak_memory() - held, "masks": [m.numpy() for m in masks]}
+
+
+def bench(*, shape: str, layers: int, nsamples: int, seqlen: int, threads: int, rounds: int) -> None:
+    """Prints the table."""
+    torch.set_num_threads(threads)
+    runs: dict[str, list[dict[str, object]]] = {"here": [], "lean": [], "published": []}
+    for _ in range(rounds):
+        for side, found in runs.items():
+            found.append(alone(measure, side, shape, layers, nsamples, seqlen, threads))
+    print(machine())
+    print(f"{shape}, {layers} layers, {nsamples} windows of {seqlen}; medians of {rounds} rounds\n")
+    seconds = {side: [run["seconds"] for run in found] for side, found in runs.items()}
+    peak = {side: statistics.median(run["bytes"] for run in found) for side, found in runs.items()}
+    tokens = nsamples * seqlen * layers
+    print(text_table([
+        {
+            "procedure": side, "seconds": f"{statistics.median(seconds[side]):.2f}",
+            "us per token and layer": f"{1e6 * statistics.median(seconds[side]) / tokens:.1f}", "peak MiB": f"{peak[side] / 2**20:.0f}",
+        }
+        for side in runs
+    ]))  # fmt: skip
+    pairs = zip(runs["here"][0]["masks"], runs["published"][0]["masks"], strict=True)
+    agree = statistics.mean(float((a == b).mean()) for a, b in pairs)
+    print(f"\nmasks agree on {agree:.3%} of the entries")
+    for side in ("here", "lean"):
+        ratio, share = median_ratio(seconds["published"], seconds[side]), peak[side] / peak["published"]
+        print(f"{side}: {ratio:.1f} times faster than published, {share:.2f} of its memory")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="130m", choices=tuple(benchmarking.SHAPES))
+    for flag, value in {"layers": 1, "nsamples": 16, "seqlen": 2048, "threads": 2, "rounds": 3}.items():
+        parser.add_argument(f"--{flag}", type=int, default=value)
+    bench(**vars(parser.parse_args()))

@@ -1,0 +1,55 @@
+"""The fast scan changes no result: the same masks as by the reference for every method, and the same perplexity."""
+
+import pytest
+
+from sparsessm import checkpoint, pipeline, text
+from sparsessm.evaluation.perplexity import perplexity
+from sparsessm.model.scan import force_kernel
+from sparsessm.options import Options
+from sparsessm.pruning.methods import METHODS
+from sparsessm.walk import Stream
+
+SCORED = [name for name, method in METHODS.items() if method.prunes_A_log or method.weights]
+PLACE = {"device": "cpu", "offload": "cpu", "batch": 4}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    source = checkpoint.find("demo")
+    tokenizer = checkpoint.load_tokenizer(source)
+    calibration = text.calibration_windows("demo", tokenizer, 8, 128, seed=0).ids
+    return source, calibration, text.cut_windows(text.evaluation_stream("demo", tokenizer, 128).ids, 128, 8)
+
+
+def pruned(demo, kernel, name):
+    source, calibration, evaluation = demo
+    method = METHODS[name]
+    share = {"prunen": 2, "prunem": 4} if method.structure == "n:m" else {"sparsity": 0.5}
+    options = Options(
+        model="demo", dataset="demo", method=name, prune_A=method.prunes_A_log, prune_layers=method.weights is not None,
+        alpha=0.04 if method.sensitive else 0.0, **share,
+    )  # fmt: skip
+    model, masks, where = checkpoint.load(source), {}, (0, 6, lambda *_, **__: None)
+    with force_kernel(kernel):
+        if options.prune_A:
+            masks |= pipeline.prune_A_log(
+                model, Stream.embed(model, calibration, **PLACE), options.transition_plan(), *where
+            )
+        if options.prune_layers:
+            embed = lambda: Stream.embed(model, calibration, **PLACE)  # noqa: E731
+            masks |= pipeline.prune_weights(model, embed, options.weight_plan(), *where)
+        return masks, perplexity(model, evaluation, **PLACE).value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCORED)
+def test_every_method_gives_the_same_masks_by_both_routes(demo, name):
+    (masks, value), (expected, by_reference) = pruned(demo, None, name), pruned(demo, "ref", name)
+    assert masks.keys() == expected.keys() and masks
+    assert {key: int((masks[key] != expected[key]).sum()) for key in masks if (masks[key] != expected[key]).any()} == {}
+    assert value == pytest.approx(by_reference, rel=1e-5)
+
+
+def test_pruning_leaves_the_config_of_the_source_alone(demo):
+    pruned(demo, None, "structure_ts")
+    assert demo[0].config.state_size == 16
