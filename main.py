@@ -24,8 +24,9 @@ import transformers
 from torch import Tensor
 
 import sparsessm
-from sparsessm import checkpoint, options, pipeline, ranks, saving, text
+from sparsessm import allocation, checkpoint, checks, compensation, options, pipeline, ranks, saving, shedding, text
 from sparsessm.errors import InputError
+from sparsessm.evaluation import zero_shot
 from sparsessm.evaluation.perplexity import perplexity
 from sparsessm.evaluation.published import dense_warning
 from sparsessm.model.block import MODULES
@@ -49,7 +50,7 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
     """
     device = _device(chosen.device)
     source = checkpoint.find(chosen.model)
-    first, stop = options.check_model(chosen, source.config)
+    first, stop = checks.check_model(chosen, source.config)
     if chosen.method:
         text.check_dataset(chosen.dataset, chosen.data_dir, calibration=True)
     for name in chosen.evaluation_sets:
@@ -59,6 +60,9 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
     if chosen.log_wandb:
         check_wandb()
     _quiet()
+    tasks = {}
+    if chosen.eval_zero_shot:
+        tasks = zero_shot.load_tasks(chosen.zero_shot_tasks, chosen.zero_shot_include, device)
     torch.manual_seed(chosen.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
@@ -70,7 +74,7 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
         folder = Path(ranks.gather_text(str(log.folder))[0])
         journal = Journal(folder, writes=speaks)
         ranks.barrier()  # every process has read the journal before the first writes to it
-        metrics = _Job(chosen, log, journal, folder, source, device).measure(first, stop)
+        metrics = _Job(chosen, log, journal, folder, source, device, tasks).measure(first, stop)
         failed = False
         return metrics
     finally:
@@ -82,13 +86,16 @@ class _Job:
     """A run whose options have been checked: its inputs, its clock, and its steps in order."""
 
     def __init__(
-        self, chosen: Options, log: Run, journal: Journal, folder: Path, source: checkpoint.Source, device: torch.device
-    ) -> None:
+        self, chosen: Options, log: Run, journal: Journal, folder: Path, source: checkpoint.Source, device: torch.device,
+        tasks: dict[str, Any],
+    ) -> None:  # fmt: skip
         self.chosen, self.log, self.journal, self.source, self.device = chosen, log, journal, source, device
+        self.tasks = tasks
         budget = None if chosen.memory_budget is None else int(chosen.memory_budget * 2**30)
         offload = {"device": device, "cpu": "cpu", "disk": "disk"}[chosen.offload]
         self.placement = {"device": device, "offload": offload, "budget": budget, "scratch": folder}
         self.seconds = {"load": 0.0, "prune": 0.0, "eval": 0.0}
+        self.shed = shedding.Shed()
         self.hashes: dict[str, str] = {}
 
     def measure(self, first: int, stop: int) -> dict[str, Any]:
@@ -110,19 +117,26 @@ class _Job:
             masks = self._prune(model, first, stop)
         with self._timed("eval"):
             pruned = self._evaluate(model, "pruned") if chosen.method else dense
+            accuracies = self._zero_shot(model)
 
         counts = {name: {"pruned": int(mask.sum()), "total": mask.numel()} for name, mask in masks.items()}
+        counts |= {name: {"pruned": size, "total": size} for name, size in self.shed.gone.items()}
         self.log.write_json("sparsity.json", counts)
+        self.log.write_tensors(
+            "masks.safetensors", {name: mask for name, mask in masks.items() if name.endswith(".A_log")}
+        )
         metrics = {
             "perplexity": pruned,
             "dense_perplexity": dense if chosen.eval_dense else {},
-            "zero_shot": {},
+            "zero_shot": accuracies,
             "sparsity": _shares(sizes, counts),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_memory_bytes": _peak_memory(self.device),
             "versions": _versions(),
             "data_sha256": self.hashes,
         }
+        if self.shed.removed_layers:
+            metrics["removed_layers"] = self.shed.removed_layers
         saved = self._save(model, masks, metrics) if chosen.save and ranks.is_main() else None
         self.log.finish(metrics, saved)
         self.journal.close()
@@ -136,7 +150,9 @@ class _Job:
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[phase] += time.perf_counter() - start
+        took = time.perf_counter() - start
+        self.seconds[phase] += took
+        self.log.event("phase", phase=phase, took=round(took, 3), peak_memory_bytes=_peak_memory(self.device))
 
     def _read_texts(self) -> None:
         chosen = self.chosen
@@ -148,6 +164,9 @@ class _Job:
             self.hashes[f"evaluation {name}"] = stream.sha256
             count = len(self.windows[name])
             logger.info("evaluation: %s; %d windows of %d tokens", stream.source, count, chosen.seqlen)
+        for name, task in self.tasks.items():
+            self.hashes[f"zero-shot {name}"] = zero_shot.documents_sha256(task)
+            logger.info("zero-shot: %s; %d documents", name, len(task.eval_docs))
         if chosen.method:
             self.calibration = text.calibration_windows(
                 chosen.dataset, self.tokenizer, chosen.nsamples, chosen.seqlen, chosen.seed, chosen.data_dir
@@ -173,6 +192,24 @@ class _Job:
             logger.info("perplexity on %s: %.4f (%d windows)", name, value, len(ids))
         return found
 
+    def _zero_shot(self, model: torch.nn.Module) -> dict[str, dict[str, Any]]:
+        """Accuracies by task and their mean; {} where none is asked for and in all processes but the first."""
+        if not self.tasks:
+            return {}
+        found = {}
+        with zero_shot.first_process_works() as works:
+            for index, (name, task) in enumerate(self.tasks.items() if works else ()):
+                figure = self.journal.load_figures(f"zero-shot-{index}")
+                if figure is None:
+                    batch, device = self.chosen.zero_shot_batch, self.device
+                    figure = zero_shot.accuracy(model, self.tokenizer, name, task, batch=batch, device=device)
+                    self.log.event("zero_shot", task=name, **figure)
+                    self.journal.store_figures(f"zero-shot-{index}", figure)
+                found[name] = figure
+                shown = f"{figure['metric']} {figure['value']:.4f} ({figure['documents']} documents)"
+                logger.info("zero-shot %s: %s", name, shown)
+        return zero_shot.with_mean(found) if found else {}
+
     def _compare_with_published(self, dense: dict[str, float]) -> None:
         for name, value in dense.items():
             full = self.chosen.eval_windows is None
@@ -186,18 +223,26 @@ class _Job:
         def embed() -> Stream:
             return Stream.embed(model, self.calibration.ids, batch=chosen.calib_batch, **self.placement)
 
-        masks: pipeline.Masks = {}
+        if chosen.method is None:
+            return {}
         where = (first, stop, self.log.report, self.journal)
-        if chosen.prune_A:
-            masks |= pipeline.prune_A_log(model, embed(), chosen.transition_plan(), *where)
-        if chosen.prune_layers:
-            masks |= pipeline.prune_weights(model, embed, chosen.weight_plan(), *where)
-        return masks
+        if chosen.recipe.sheds:
+            self.shed = shedding.shed(model, embed, self.calibration.ids, chosen.shed_plan(), *where)
+            return self.shed.masks
+        transitions = chosen.transition_plan() if chosen.prune_A else None
+        weights = chosen.weight_plan() if chosen.prune_layers else None
+        plan, shares = chosen.compensation_plan(), None
+        if chosen.recipe.allocation == "output":
+            shares = allocation.output_shares(model, embed, transitions, weights, *where)
+        if plan or shares:
+            return compensation.prune_compensated(model, embed, transitions, weights, plan, *where, shares=shares)
+        masks = pipeline.prune_A_log(model, embed(), transitions, *where) if transitions else {}
+        return masks | (pipeline.prune_weights(model, embed, weights, *where) if weights else {})
 
     def _save(self, model: torch.nn.Module, masks: pipeline.Masks, metrics: dict[str, Any]) -> Path:
         chosen = self.chosen
-        kept = ("versions", "sparsity", "perplexity", "data_sha256")
-        record = {key: metrics[key] for key in kept}
+        kept = ("versions", "sparsity", "perplexity", "data_sha256", "removed_layers")
+        record = {key: metrics[key] for key in kept if key in metrics}
         record["options"] = {
             key: value for key, value in dataclasses.asdict(chosen).items() if key not in options.PLACES
         }
@@ -239,10 +284,13 @@ def _sizes(model: torch.nn.Module) -> dict[str, int]:
 
 
 def _shares(sizes: dict[str, int], counts: dict[str, dict[str, int]]) -> dict[str, float]:
-    """Pruned shares of what `_sizes` counted in the dense model; removed states count as pruned entries of A_log."""
-    ssm = sum(count["pruned"] for name, count in counts.items() if name.endswith(".A_log"))
-    everything = sum(count["pruned"] for count in counts.values())
-    pruned = {"ssm": ssm, "layers": everything - ssm, "model": everything}
+    """Pruned shares of what `_sizes` counted in the dense model; what was removed counts as pruned."""
+    weights = tuple(f".mixer.{name}.weight" for name in MODULES)
+    pruned = {
+        "ssm": sum(count["pruned"] for name, count in counts.items() if name.endswith(".A_log")),
+        "layers": sum(count["pruned"] for name, count in counts.items() if name.endswith(weights)),
+        "model": sum(count["pruned"] for count in counts.values()),
+    }
     return {name: pruned[name] / size for name, size in sizes.items()}
 
 
@@ -257,7 +305,7 @@ def _peak_memory(device: torch.device) -> dict[str, int]:
 
 def _versions() -> dict[str, str]:
     found = {"sparsessm": sparsessm.__version__, "python": sys.version.split()[0]}
-    for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "mamba-ssm"):
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "mamba-ssm", "lm-eval"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

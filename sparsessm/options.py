@@ -10,18 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sparsessm.allocation import ALLOCATIONS
+from sparsessm.checks import check
+from sparsessm.compensation import CompensationPlan
 from sparsessm.errors import InputError
-from sparsessm.model.block import MODULES, PRUNED_A_LOG
+from sparsessm.evaluation import zero_shot
+from sparsessm.model.block import MODULE_TYPES, MODULES, PRUNED_A_LOG
 from sparsessm.pipeline import TransitionPlan, WeightPlan
 from sparsessm.pruning.aggregation import AGGREGATES
-from sparsessm.pruning.methods import METHODS, Method
+from sparsessm.pruning.methods import METHODS, STRUCTURES, Method
 from sparsessm.pruning.patterns import Columns, NofM, Pattern, Unstructured
 from sparsessm.pruning.saliency import SALIENCIES
-
-MODULE_TYPES = {
-    "nn.Linear": ("in_proj", "x_proj", "dt_proj", "out_proj"),
-    "nn.Conv1d": ("conv1d",),
-}
+from sparsessm.pruning.search import SEARCHES
+from sparsessm.shedding import SHED_TARGETS, ShedPlan
 
 # Options that say where things go and not what is done: what is saved does not depend on them.
 PLACES = ("save", "experiment_name", "base_dir", "log_wandb", "offload", "memory_budget")
@@ -46,6 +47,10 @@ def _flag(about: str, *, names: Sequence[str] = ()) -> Any:
     return _option(False, about, names=names, type=_boolean, nargs="?", const=True, metavar="BOOL")
 
 
+# Flags that replace the part of a method that goes by the same name.
+OVERRIDES = ("saliency", "structure", "search", "aggregate", "polish", "module_order", "compensate", "allocation")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What one run does. Made by `parse`; `check` has passed on every instance that leaves this module."""
@@ -66,8 +71,20 @@ class Options:
     prunem: int = _option(0, "M of N:M", type=int)
     minlayer: int = _option(-1, "first layer to prune", type=int)
     maxlayer: int = _option(1000, "layer before which pruning stops", type=int)
+    shed_target: str | None = _option(
+        None,
+        "what mamba-shedder removes: ssm, a layer's scan, y = D u stays (the default with --prune_A); mamba_block, whole "
+        "blocks (with --prune_layers)",
+        choices=SHED_TARGETS,
+    )
 
     saliency: str | None = _option(None, "score of an entry of A_log, instead of the method's", choices=tuple(SALIENCIES))
+    structure: str | None = _option(
+        None, "entries, or columns: whole states are removed, instead of the method's", choices=STRUCTURES
+    )
+    search: str | None = _option(
+        None, "how entries are chosen by saliency output, which knows how they interact", choices=SEARCHES
+    )
     aggregate: str | None = _option(None, "scores over time to one, instead of the method's", choices=AGGREGATES)
     time_power: float = _option(1.0, "p of aggregate power: weights (t+1)^-p", type=float)
     time_discount: float = _option(0.9, "g of aggregate discount: weights g^t", type=float)
@@ -88,6 +105,23 @@ class Options:
         "tap", "Hessian of conv1d: tap, one per channel; channel, the released one", choices=("tap", "channel")
     )
 
+    polish: int | None = _option(None, "iterations toward the best weights for the mask that OBS ends with", type=int)
+    module_order: str | None = _option(
+        None,
+        "parallel: the modules of a block on the inputs of the block as it was; sequential: each on what the pruned ones "
+        "before it put out",
+        choices=("parallel", "sequential"),
+    )
+    compensate: str | None = _option(
+        None, "out_proj: refit it toward the dense model's stream after the block", choices=("none", "out_proj")
+    )
+    ridge: float = _option(0.1, "pull of the refit toward the old weights, as a share of the mean diagonal", type=float)
+    allocation: str | None = _option(
+        None,
+        "sparsity of layers and modules: uniform; sensitivity, spread by alpha; output, by measured errors of the blocks",
+        choices=ALLOCATIONS,
+    )
+
     nsamples: int = _option(128, "calibration windows", type=int)
     seqlen: int = _option(2048, "tokens per window", type=int)
     seed: int = _option(0, "seed of the calibration windows", type=int)
@@ -100,6 +134,10 @@ class Options:
     eval_windows: int | None = _option(None, "evaluate the first windows only", type=int)
     eval_batch: int = _option(8, "evaluation windows that go through a block together", type=int)
     eval_dense: bool = _flag("evaluate the model before pruning as well")
+    eval_zero_shot: bool = _flag("take the zero-shot accuracy by lm-evaluation-harness (requirements-zero-shot.txt)")
+    zero_shot_tasks: tuple[str, ...] = _option(zero_shot.TASKS, "tasks of the harness", nargs="+")
+    zero_shot_include: str | None = _option(None, "folder of further task YAMLs for the harness")
+    zero_shot_batch: int = _option(16, "choices that the harness feeds to the model together", type=int)
 
     dtype: str = _option(
         "auto", "weights; A_log and statistics stay float32", choices=("auto", "float32", "bfloat16", "float16")
@@ -125,20 +163,26 @@ class Options:
 
     @property
     def recipe(self) -> Method | None:
-        """The method's row, with the overrides of --saliency and --aggregate."""
+        """The method's row, with what the flags of the same names replace in it.
+
+        A method's own allocation by output gives way to a uniform one where a pattern leaves nothing to spread.
+        """
         if self.method is None:
             return None
-        method = METHODS[self.method]
-        return dataclasses.replace(
-            method, saliency=self.saliency or method.saliency, aggregate=self.aggregate or method.aggregate
-        )
+        replaced = {name: getattr(self, name) for name in OVERRIDES if getattr(self, name) is not None}
+        recipe = dataclasses.replace(METHODS[self.method], **replaced)
+        if recipe.allocation == "output" and self.allocation is None and not self.spreads(recipe):
+            recipe = dataclasses.replace(recipe, allocation="uniform")
+        return recipe
+
+    def spreads(self, recipe: Method) -> bool:
+        """Whether parts can have sparsities of their own: not with N:M, nor where whole states go."""
+        return not self.prunem and not (recipe.structure == "columns" and self.prune_A)
 
     @property
     def pattern(self) -> Pattern:
-        """What the scores of a matrix are chosen by."""
-        if self.prunem:
-            return NofM(self.prunen, self.prunem)
-        return (Columns if self.recipe.structure == "columns" else Unstructured)(self.sparsity)
+        """What the scores of a matrix are chosen by; of A_log with structure columns, whole states."""
+        return NofM(self.prunen, self.prunem) if self.prunem else Unstructured(self.sparsity)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -158,7 +202,8 @@ class Options:
         recipe = self.recipe
         parameter = {"power": self.time_power, "discount": self.time_discount, "window": self.time_window}
         return TransitionPlan(
-            pattern=self.pattern, saliency=recipe.saliency, aggregate=recipe.aggregate,
+            pattern=Columns(self.sparsity) if recipe.structure == "columns" else self.pattern,
+            saliency=recipe.saliency, aggregate=recipe.aggregate, search=recipe.search,
             parameter=parameter.get(recipe.aggregate), obs=recipe.obs_on_A_log, transition=self.pruned_transition,
             percdamp=self.percdamp, blocksize=self.blocksize,
         )  # fmt: skip
@@ -166,118 +211,17 @@ class Options:
     def weight_plan(self) -> WeightPlan:
         return WeightPlan(
             pattern=self.pattern, rule=self.recipe.weights, modules=self.modules,
-            alpha=self.alpha if self.recipe.sensitive else 0.0, conv_hessian=self.conv_hessian,
-            percdamp=self.percdamp, blocksize=self.blocksize,
+            alpha=self.alpha if self.recipe.allocation == "sensitivity" else 0.0, conv_hessian=self.conv_hessian,
+            percdamp=self.percdamp, blocksize=self.blocksize, polish=self.recipe.polish,
         )  # fmt: skip
 
+    def compensation_plan(self) -> CompensationPlan:
+        recipe = self.recipe
+        return CompensationPlan(recipe.compensate == "out_proj", recipe.module_order == "sequential", self.ridge)
 
-def check(options: Options) -> None:
-    """Everything that can be known to be wrong without looking at the model.
-
-    Raises:
-        InputError: one line that says what to do.
-    """
-    if options.model is None or options.dataset is None:
-        raise InputError("give a MODEL and a DATASET, for example: python main.py demo demo")
-    for name in ("nsamples", "seqlen", "calib_batch", "eval_batch", "blocksize", "eval_windows"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, not {value}")
-    if options.seqlen < 2:
-        raise InputError("--seqlen must be at least 2: a window of one token predicts nothing")
-    if options.memory_budget is not None and not options.memory_budget >= 0:
-        raise InputError(f"--memory_budget must not be negative, not {options.memory_budget}")
-    if options.percdamp < 0:
-        raise InputError(f"--percdamp must not be negative, not {options.percdamp}")
-    if not 0 < options.time_window <= 1:
-        raise InputError(f"--time_window must lie above 0 and at most at 1, not {options.time_window}")
-    if options.time_discount <= 0:
-        raise InputError(f"--time_discount must be above 0, not {options.time_discount}")
-    if options.method is None:
-        if options.prune_A or options.prune_layers or options.sparsity is not None or options.prunem:
-            raise InputError(f"say how to prune with --method, one of: {', '.join(METHODS)}")
-        return
-    _check_method(options)
-    _check_share(options)
-
-
-def _check_method(options: Options) -> None:
-    method, name = METHODS[options.method], options.method
-    if not (options.prune_A or options.prune_layers):
-        raise InputError(f"--method {name} needs something to prune: give --prune_A, --prune_layers or both")
-    if options.prune_A and not method.prunes_A_log and options.saliency is None:
-        able = [key for key, value in METHODS.items() if value.prunes_A_log]
-        raise InputError(f"--method {name} has no rule for A_log; for --prune_A use one of: {', '.join(able)}")
-    if options.prune_layers and method.weights is None:
-        able = [key for key, value in METHODS.items() if value.weights]
-        raise InputError(f"--method {name} has no rule for weights; for --prune_layers use one of: {', '.join(able)}")
-    if (options.saliency or options.aggregate) and (method.obs_on_A_log or not method.prunes_A_log):
-        raise InputError(f"--method {name} does not score A_log: leave out --saliency and --aggregate")
-    if method.structure == "n:m" and not options.prunem:
-        raise InputError(f"--method {name} needs N:M: give --prunen and --prunem")
-    if method.structure == "columns" and options.prunem:
-        raise InputError(f"--method {name} removes whole states: give --sparsity, not --prunen and --prunem")
-    if not options.modules:
-        raise InputError(f"--target_modules names no module; use some of: {', '.join(MODULE_TYPES)}")
-
-
-def _check_share(options: Options) -> None:
-    n, m, p = options.prunen, options.prunem, options.sparsity
-    if n or m:
-        if not 0 < n < m:
-            raise InputError(f"--prunen must be at least 1 and below --prunem, not {n} and {m}")
-        if options.blocksize % m:
-            raise InputError(f"--prunem {m} must divide --blocksize {options.blocksize}")
-        if p is not None and abs(p - n / m) > 1e-9:
-            raise InputError(f"--sparsity {p} contradicts {n}:{m}, which is {n / m:g}: leave one of them out")
-        if options.alpha:
-            raise InputError("--alpha spreads an unstructured sparsity: leave it out with --prunen and --prunem")
-    elif p is None:
-        raise InputError(f"--method {options.method} needs --sparsity, or --prunen and --prunem")
-    elif not 0 < p < 1:
-        raise InputError(f"--sparsity must lie between 0 and 1, not {p}")
-    elif options.alpha < 0:
-        raise InputError(f"--alpha must not be negative, not {options.alpha}")
-    elif p + options.alpha >= 1 or p - options.alpha < 0:
-        raise InputError(
-            f"--sparsity {p} with --alpha {options.alpha} leaves the range 0 to 1: keep alpha below {min(p, 1 - p):g}"
-        )
-
-
-def check_model(options: Options, config: Any) -> tuple[int, int]:
-    """What can be wrong only for this model; returns the range of layers to prune, first <= i < stop.
-
-    Args:
-        config: a MambaConfig.
-    """
-    first, stop = max(0, options.minlayer), min(options.maxlayer, config.num_hidden_layers)
-    if options.method is None:
-        return first, stop
-    if first >= stop:
-        raise InputError(
-            f"--minlayer {options.minlayer} and --maxlayer {options.maxlayer} leave none of the model's "
-            f"{config.num_hidden_layers} layers"
-        )
-    if options.prune_A and METHODS[options.method].structure == "columns":
-        if (first, stop) != (0, config.num_hidden_layers):
-            raise InputError("removing states needs every layer, for a config has one state size: drop the layer range")
-        if not 0 < round(options.sparsity * config.state_size) < config.state_size:
-            raise InputError(f"--sparsity {options.sparsity} removes none or all of the {config.state_size} states")
-    m = options.prunem
-    if m and options.prune_A and config.state_size % m:
-        raise InputError(f"--prunem {m} does not divide the state size {config.state_size}")
-    if m and options.prune_layers:
-        columns = {
-            "in_proj": config.hidden_size, "conv1d": config.conv_kernel, "x_proj": config.intermediate_size,
-            "dt_proj": config.time_step_rank, "out_proj": config.intermediate_size,
-        }  # fmt: skip
-        for name in options.modules:
-            if columns[name] % m:
-                raise InputError(
-                    f"--prunem {m} does not divide the {columns[name]} columns of {name}: "
-                    "choose others with --target_modules or --module"
-                )
-    return first, stop
+    def shed_plan(self) -> ShedPlan:
+        target = self.shed_target or ("ssm" if self.prune_A else "mamba_block")
+        return ShedPlan(target, self.sparsity, self.pruned_transition)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -75,6 +75,23 @@ class TapGram(_Sum):
                     self.total[:, j, i] += products
 
 
+class PairGram(Gram):
+    """X X^T of a module's inputs X and T X^T, (rows,cols) in `cross`, with the outputs T that it should have."""
+
+    def __init__(self, rows: int, cols: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(cols, device=device)
+        self.cross = torch.zeros(rows, cols, dtype=SUM_DTYPE, device=device)
+
+    def update(self, inputs: Tensor, targets: Tensor) -> None:
+        """inputs (B,L,cols), targets (B,L,rows)."""
+        super().update(inputs)
+        self.cross += targets.flatten(0, 1).float().T @ inputs.flatten(0, 1).float()
+
+    def merge(self, other: PairGram) -> None:
+        super().merge(other)
+        self.cross += other.cross.to(self.cross.device)
+
+
 def hessian(gram: Tensor, nsamples: int) -> Tensor:
     """H = (2/n) X X^T in float32, n calibration windows (SparseGPT, equation 2)."""
     return (gram * (2.0 / nsamples)).float()

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from sparsessm import ranks
 from sparsessm.memory import DiskResidual, default_budget
-from sparsessm.model.block import Carry, ScanInputs, Taps, output, scan, scan_inputs
-from sparsessm.model.scan import ScanMoments
-from sparsessm.statistics import Accumulator
+from sparsessm.model.block import Carry, ScanInputs, Taps, block_forward, output, scan, scan_inputs
+from sparsessm.model.scan import SUM_DTYPE, ScanMoments
+from sparsessm.statistics import Accumulator, PairGram
 
 # Time steps that go through a block together: what bounds memory instead of the length of a window.
 STEPS_AT_ONCE = 128
@@ -128,28 +128,71 @@ class BlockView:
             ranks.all_sum(accumulator.total)
 
     @torch.no_grad()
-    def observe_states(self, needs: tuple[str, ...]) -> Iterator[tuple[int, ScanMoments]]:
+    def observe_states(self, needs: tuple[str, ...], effect: str = "zero") -> Iterator[tuple[int, ScanMoments]]:
         """Sums over all windows of what the scan sees, some time steps after the other.
 
         Yields (first step, moments of the steps from there on). All windows of all processes go through a piece before
         the next begins, so the sums of a step are complete when it is yielded, and only STEPS_AT_ONCE steps are held.
-        What the scan read is kept within the budget, for `advance` after a change of A_log alone.
+        What the scan read is kept within the budget, for `advance` after a change of A_log alone. effect: see ScanMoments.
         """
         stream, (D, N), room = self.stream, self.A_log.shape, self.stream.budget
         carries: dict[int, Carry] = {}
+        twins: dict[int, Tensor | None] = {}
         for steps in stream.pieces():
-            moments = ScanMoments.zeros(needs, steps.stop - steps.start, D, N, stream.device)
+            moments = ScanMoments.zeros(needs, steps.stop - steps.start, D, N, stream.device, effect)
             for rows in stream.batches():
                 before = carries.get(rows.start)
                 hidden = stream.hidden[rows, steps].to(stream.device)
                 inputs, conv = scan_inputs(self.block, hidden, before and before.conv)
+                moments.twin = twins.get(rows.start)
                 _, state = scan(self.block, inputs, before and before.state, moments)
-                carries[rows.start] = Carry(conv, state)
+                carries[rows.start], twins[rows.start] = Carry(conv, state), moments.twin
                 if inputs.nbytes() <= room:
                     self._kept[steps.start, rows.start] = inputs.compact(), conv
                     room -= inputs.nbytes()
             ranks.all_sum(*moments.tensors())
             yield steps.start, moments
+
+    @torch.no_grad()
+    def observe_aim(self, teacher: BlockView, pair: PairGram) -> None:
+        """Shows the inputs of out_proj together with what out_proj should make of them, less its bias.
+
+        That is the stream after `teacher`, the block with the weights that it had, on the stream that it had, less the
+        stream before this block. All processes see the sums of all.
+        """
+        self.forget()
+        views = (self, teacher)
+        for rows in self.stream.batches():
+            conv, state = [None, None], [None, None]
+            for steps in self.stream.pieces():
+                hidden = [view.stream.hidden[rows, steps].to(view.stream.device) for view in views]
+                gated = []
+                for i, view in enumerate(views):
+                    inputs, conv[i] = scan_inputs(view.block, hidden[i], conv[i])
+                    y, state[i] = scan(view.block, inputs, state[i])
+                    gated.append(y)
+                aim = gated[1] @ teacher.block.mixer.out_proj.weight.T + (hidden[1] - hidden[0])
+                pair.update(gated[0], aim)
+        ranks.all_sum(pair.total, pair.cross)
+
+    @torch.no_grad()
+    def output_error(self, other: BlockView) -> float:
+        """Energy of the difference to what another block puts out, over that of the stream; first batch of each process."""
+        self.forget()
+        stream = self.stream
+        sums = torch.zeros(2, dtype=SUM_DTYPE, device=stream.device)  # of the difference, of the stream
+        for rows in stream.batches()[:1]:
+            carries: list[Carry | None] = [None, None]
+            for steps in stream.pieces():
+                hidden = stream.hidden[rows, steps].to(stream.device)
+                out = []
+                for i, view in enumerate((self, other)):
+                    after, carries[i] = block_forward(view.block, hidden, carry=carries[i])
+                    out.append(after.float())
+                sums[0] += (out[0] - out[1]).square().sum(dtype=SUM_DTYPE)
+                sums[1] += hidden.float().square().sum(dtype=SUM_DTYPE)
+        ranks.all_sum(sums)
+        return float(sums[0] / sums[1])
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -186,22 +229,30 @@ class BlockView:
 
 
 @torch.no_grad()
-def walk(model: nn.Module, stream: Stream, first: int = 0, stop: int | None = None) -> Iterator[BlockView]:
+def walk(
+    model: nn.Module, stream: Stream, first: int = 0, stop: int | None = None, *, start: int = 0
+) -> Iterator[BlockView]:
     """Yields the blocks first <= i < stop in order; all layers of the model move the stream on.
 
     After the caller is done with a block its outputs are computed from the block as it then is.
+
+    Args:
+        start: the layer that the stream enters; those before it take no part.
 
     Raises:
         DivergenceError: naming the layer whose outputs are not finite.
     """
     layers = model.backbone.layers
     stop = len(layers) if stop is None else stop
-    for index, block in enumerate(layers):
+    for index in range(start, len(layers)):
+        block = layers[index]
         home = block.norm.weight.device
         block.to(stream.device)
         view = BlockView(index, block, stream)
-        if first <= index < stop:
-            yield view
-        if not view.advanced:
-            view.advance()
-        block.to(home)
+        try:
+            if first <= index < stop:
+                yield view
+            if not view.advanced:
+                view.advance()
+        finally:
+            block.to(home)

@@ -89,7 +89,8 @@ def test_processes_share_a_job_and_agree_with_one(undisturbed, tmp_path, count):
     assert all(torch.allclose(weights[name], one[name], rtol=1e-4, atol=1e-6) for name in one)
     assert len(out.strip().splitlines()) == 3  # one table, from one process
     (run,) = tmp_path.glob("runs/default/*")
-    assert len((run / "events.jsonl").read_text().splitlines()) == 3 * 6 + 2 + 1  # layers, perplexities, the end
+    # layers, perplexities, phases (load, eval, prune, eval), the end
+    assert len((run / "events.jsonl").read_text().splitlines()) == 3 * 6 + 2 + 4 + 1
 
 
 @pytest.mark.slow

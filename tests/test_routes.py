@@ -24,10 +24,10 @@ def demo():
 def pruned(demo, kernel, name):
     source, calibration, evaluation = demo
     method = METHODS[name]
-    share = {"prunen": 2, "prunem": 4} if method.structure == "n:m" else {"sparsity": 0.5}
+    share = {"prunen": 2, "prunem": 4} if method.needs_n_of_m else {"sparsity": 0.5}
     options = Options(
         model="demo", dataset="demo", method=name, prune_A=method.prunes_A_log, prune_layers=method.weights is not None,
-        alpha=0.04 if method.sensitive else 0.0, **share,
+        alpha=0.04 if method.allocation == "sensitivity" else 0.0, **share,
     )  # fmt: skip
     model, masks, where = checkpoint.load(source), {}, (0, 6, lambda *_, **__: None)
     with force_kernel(kernel):

@@ -44,21 +44,27 @@ def perplexity(
     for view in walk(model, stream):
         view.advance()
         report("eval", view.index)
+    loss = stream_loss(model, stream, ranks.share(windows, stream.batch))
+    ranks.all_sum(loss)
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    mean = float(loss) / tokens
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.shape[0], tokens)
+
+
+@torch.no_grad()
+def stream_loss(model: nn.Module, stream: Stream, windows: Tensor) -> Tensor:
+    """Negative log likelihood of this process's windows (n,L) by what left the last block, () float64."""
     tail = (model.backbone.norm_f, model.lm_head)
     home = model.lm_head.weight.device
     for module in tail:
         module.to(stream.device)
-    mine = ranks.share(windows, stream.batch)
     loss = torch.zeros((), dtype=torch.float64, device=stream.device)
     for rows in stream.batches():
         hidden = stream.hidden[rows, :].to(stream.device)
-        loss += _negative_log_likelihood(model, hidden, mine[rows].to(stream.device))
-    ranks.all_sum(loss)
+        loss += _negative_log_likelihood(model, hidden, windows[rows].to(stream.device))
     for module in tail:
         module.to(home)
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
-    mean = float(loss) / tokens
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.shape[0], tokens)
+    return loss
 
 
 def _negative_log_likelihood(model: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from sparsessm.model.scan import ScanMoments, selective_scan
 
 # The modules of a block whose weights can be pruned, in the order in which data meets them.
 MODULES = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+MODULE_TYPES = {"nn.Linear": ("in_proj", "x_proj", "dt_proj", "out_proj"), "nn.Conv1d": ("conv1d",)}
 
 # What a pruned entry of A_log is set to. zero: exp(-dt exp(30)) is 0 for every time step above 1e-11, in every runtime,
 # so the state has no transition. unit: A = -1.

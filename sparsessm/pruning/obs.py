@@ -101,6 +101,36 @@ def prune_obs(
     return W.reshape(shape), mask.reshape(shape)
 
 
+def polish(
+    new: Tensor, mask: Tensor, W: Tensor, H: Tensor, percdamp: float = 0.01, iterations: int = 20
+) -> Tensor:
+    """The weights that stay, moved toward the optimum for the mask: argmin |(W - V) X|^2 over V that is zero in the mask.
+
+    OBS decides and compensates column by column, so its weights are not the best for the mask that it ends with. This
+    is the conjugate gradient method with a diagonal preconditioner on all rows at once (as in ALPS, Meng et al. 2024).
+
+    Args:
+        new: where to start, (rows,cols) or (G,rows,cols), zero in the mask. W: the weights to stand in for.
+        H, percdamp: as in prune_obs, (cols,cols) or (G,cols,cols).
+    """
+    H = H + percdamp * H.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(H.shape[-1], device=H.device)
+    keep = (~mask).to(H.dtype)
+    scale = H.diagonal(dim1=-2, dim2=-1)[..., None, :].clamp_min(torch.finfo(H.dtype).tiny)
+    V = new.to(H.dtype)
+    residual = ((W.to(H.dtype) - V) @ H) * keep
+    direction = residual / scale
+    energy = (residual * direction).sum(-1, keepdim=True)  # of each row
+    for _ in range(iterations):
+        image = (direction @ H) * keep
+        step = energy / (direction * image).sum(-1, keepdim=True).clamp_min(torch.finfo(H.dtype).tiny)
+        V = V + step * direction
+        residual = residual - step * image
+        ahead = residual / scale
+        before, energy = energy, (residual * ahead).sum(-1, keepdim=True)
+        direction = ahead + energy / before.clamp_min(torch.finfo(H.dtype).tiny) * direction
+    return V
+
+
 def prune_magnitude(W: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Sets the entries of W (rows,cols) with the smallest absolute values to zero (Han et al. 2015)."""
     mask = pattern(W.abs())

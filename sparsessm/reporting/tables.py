@@ -13,6 +13,8 @@ def row(method: str | None, metrics: Mapping[str, Any]) -> dict[str, str]:
     cells = {"method": method or "dense", "sparsity": ", ".join(parts) or "0"}
     cells.update({f"perplexity {name}": f"{value:.2f}" for name, value in metrics["perplexity"].items()})
     cells.update({f"dense {name}": f"{value:.2f}" for name, value in metrics["dense_perplexity"].items()})
+    if metrics["zero_shot"]:
+        cells["zero-shot"] = f"{metrics['zero_shot']['mean']['value']:.2%}"
     cells["seconds"] = f"{sum(metrics['seconds'].values()):.1f}"
     cells["memory"] = " + ".join(f"{peak / 2**20:.0f} MiB {where}" for where, peak in metrics["peak_memory_bytes"].items())
     return cells

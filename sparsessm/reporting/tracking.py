@@ -7,15 +7,20 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from sparsessm.errors import InputError
+from sparsessm.reporting.plots import has_matplotlib, write_run_plots
+from sparsessm.reporting.results import read_run
 
 logger = logging.getLogger("sparsessm")
 
@@ -69,6 +74,15 @@ class Run:
         partial.write_text(json.dumps(content, indent=2) + "\n")
         partial.replace(path)
 
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes a safetensors file of the run folder, whole or not at all; no file for no tensors."""
+        if not self.speaks or not tensors:
+            return
+        path = self.folder / name
+        partial = path.with_name(f".{name}.partial")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+        partial.replace(path)
+
     def event(self, kind: str, **fields: Any) -> None:
         """Appends a line to events.jsonl: the kind, seconds since the start, and the fields."""
         if not self.speaks:
@@ -103,6 +117,19 @@ class Run:
                 artifact = wandb.Artifact(f"checkpoint-{self._wandb.id}", type="model")
                 artifact.add_dir(str(saved))
                 self._wandb.log_artifact(artifact)
+            self._log_plots()
+
+    def _log_plots(self) -> None:
+        """Hands the pictures of this run to wandb, where there is matplotlib to draw them."""
+        import wandb
+
+        if not has_matplotlib():
+            logger.info("wandb: no pictures, for matplotlib is not installed (pip install -r requirements-plots.txt)")
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            files = write_run_plots(read_run(self.folder), Path(folder))
+            if files:
+                self._wandb.log({f"plots/{kind}": wandb.Image(str(file)) for kind, file in files.items()})
 
     def close(self, failed: bool = False) -> None:
         """Lets go of the log and the bar, and ends the wandb run."""

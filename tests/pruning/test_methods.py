@@ -10,22 +10,27 @@ ON_A_LOG = {
     "sparsessm_dev": ("transition", "power", "entries"),
     "ts_real": ("a_log", "sum", "entries"),
     "ts_semi": ("a_log", "vote", "n:m"),
+    "sparsessm_obs": ("output", "sum", "entries"),
     "structure_ts": ("a_log", "vote", "columns"),
 }
 BY_MAGNITUDE = {"magnitude": "entries", "mag_semi": "n:m", "structure_mag": "columns"}
 ON_WEIGHTS = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "obs", "sparsessm": "obs", "sparsessm_dev": "obs"}
 
 
+def structure(method):
+    return "n:m" if method.needs_n_of_m else method.structure
+
+
 @pytest.mark.parametrize("name", ON_A_LOG)
 def test_methods_on_A_log(name):
     method = METHODS[name]
-    assert (method.saliency, method.aggregate, method.structure) == ON_A_LOG[name]
+    assert (method.saliency, method.aggregate, structure(method)) == ON_A_LOG[name]
     assert method.prunes_A_log and not method.obs_on_A_log
 
 
 @pytest.mark.parametrize("name", BY_MAGNITUDE)
 def test_methods_by_magnitude_of_A_log(name):
-    assert (METHODS[name].saliency, METHODS[name].structure) == ("magnitude", BY_MAGNITUDE[name])
+    assert (METHODS[name].saliency, structure(METHODS[name])) == ("magnitude", BY_MAGNITUDE[name])
 
 
 @pytest.mark.parametrize("name", ["gpt_extend", "sparsegpt"])
@@ -36,7 +41,7 @@ def test_obs_on_A_log(name):
 @pytest.mark.parametrize("name", ON_WEIGHTS)
 def test_methods_on_weights(name):
     assert METHODS[name].weights == ON_WEIGHTS[name]
-    assert METHODS[name].sensitive == (name in ("sparsessm", "sparsessm_dev"))
+    assert (METHODS[name].allocation == "sensitivity") == (name in ("sparsessm", "sparsessm_dev"))
 
 
 def test_wanda_has_no_rule_for_A_log():

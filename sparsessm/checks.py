@@ -1,0 +1,180 @@
+"""What can be wrong with options, said in one line each: alone, and for the model that they name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sparsessm.errors import InputError
+from sparsessm.evaluation import zero_shot
+from sparsessm.model.block import MODULE_TYPES
+from sparsessm.pruning.methods import METHODS, Method
+from sparsessm.pruning.saliency import SALIENCIES
+
+if TYPE_CHECKING:
+    from sparsessm.options import Options
+
+
+def check(options: Options) -> None:
+    """Everything that can be known to be wrong without looking at the model.
+
+    Raises:
+        InputError: one line that says what to do.
+    """
+    if options.model is None or options.dataset is None:
+        raise InputError("give a MODEL and a DATASET, for example: python main.py demo demo")
+    for name in ("nsamples", "seqlen", "calib_batch", "eval_batch", "blocksize", "eval_windows", "zero_shot_batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, not {value}")
+    if options.seqlen < 2:
+        raise InputError("--seqlen must be at least 2: a window of one token predicts nothing")
+    if options.memory_budget is not None and not options.memory_budget >= 0:
+        raise InputError(f"--memory_budget must not be negative, not {options.memory_budget}")
+    for name in ("percdamp", "ridge", "polish"):
+        value = getattr(options, name)
+        if value is not None and not value >= 0:
+            raise InputError(f"--{name} must not be negative, not {value}")
+    if not 0 < options.time_window <= 1:
+        raise InputError(f"--time_window must lie above 0 and at most at 1, not {options.time_window}")
+    if options.time_discount <= 0:
+        raise InputError(f"--time_discount must be above 0, not {options.time_discount}")
+    _check_zero_shot(options)
+    if options.method is None:
+        if options.prune_A or options.prune_layers or options.sparsity is not None or options.prunem:
+            raise InputError(f"say how to prune with --method, one of: {', '.join(METHODS)}")
+        return
+    _check_method(options)
+    _check_share(options)
+
+
+def _check_zero_shot(options: Options) -> None:
+    names = options.zero_shot_tasks
+    if not options.eval_zero_shot and (names != zero_shot.TASKS or options.zero_shot_include is not None):
+        raise InputError("--zero_shot_tasks and --zero_shot_include do nothing alone: add --eval_zero_shot")
+    if len(set(names)) < len(names):
+        raise InputError(f"--zero_shot_tasks names a task twice: {' '.join(names)}")
+    if "mean" in names:
+        raise InputError("--zero_shot_tasks: a task cannot be called mean, as the mean of all tasks is: rename it")
+
+
+def _check_method(options: Options) -> None:
+    method, name = options.recipe, options.method
+    if not (options.prune_A or options.prune_layers):
+        raise InputError(f"--method {name} needs something to prune: give --prune_A, --prune_layers or both")
+    if method.sheds:
+        _check_shedding(options)
+        return
+    if options.shed_target:
+        raise InputError(f"--method {name} sheds nothing whole: leave out --shed_target")
+    if options.prune_A and not method.prunes_A_log:
+        able = [key for key, value in METHODS.items() if value.prunes_A_log]
+        raise InputError(f"--method {name} has no rule for A_log; for --prune_A use one of: {', '.join(able)}")
+    if options.prune_layers and method.weights is None:
+        able = [key for key, value in METHODS.items() if value.weights]
+        raise InputError(f"--method {name} has no rule for weights; for --prune_layers use one of: {', '.join(able)}")
+    if (options.saliency or options.aggregate) and (method.obs_on_A_log or not METHODS[options.method].prunes_A_log):
+        raise InputError(f"--method {name} does not score A_log: leave out --saliency and --aggregate")
+    if method.needs_n_of_m and not options.prunem:
+        raise InputError(f"--method {name} needs N:M: give --prunen and --prunem")
+    if method.structure == "columns" and options.prunem:
+        raise InputError(f"--method {name} removes whole states: give --sparsity, not --prunen and --prunem")
+    if not options.modules:
+        raise InputError(f"--target_modules names no module; use some of: {', '.join(MODULE_TYPES)}")
+    _check_compensation(options, method)
+
+
+def _check_compensation(options: Options, method: Method) -> None:
+    if method.search != "independent" and method.prunes_A_log and not SALIENCIES[method.saliency].interacts:
+        able = [key for key, value in SALIENCIES.items() if value.interacts]
+        raise InputError(f"--search {method.search} needs a saliency that knows how entries interact: {', '.join(able)}")
+    if options.polish and method.weights != "obs":
+        raise InputError(f"--polish goes on from OBS, which --method {options.method} does not do for weights")
+    if options.structure == "columns" and not options.prune_A:
+        raise InputError("--structure columns removes states of A_log: give --prune_A")
+    if options.alpha and method.allocation == "output":
+        raise InputError("--allocation output needs no --alpha: leave one of them out")
+    if options.alpha and method.allocation == "sensitivity" and (method.compensate, method.module_order) != ("none", "parallel"):
+        raise InputError("--alpha does not go with --compensate and --module_order: use --allocation output")
+    if method.allocation == "output" and not options.spreads(method):
+        raise InputError("--allocation output spreads an unstructured sparsity: leave it out with N:M and columns")
+
+
+def _check_shedding(options: Options) -> None:
+    target, name = options.shed_plan().target, options.method
+    if options.saliency or options.aggregate or options.module:
+        raise InputError(f"--method {name} goes by perplexity alone: leave out --saliency, --aggregate and --module")
+    if options.prunen or options.prunem:
+        raise InputError(f"--method {name} removes whole parts: give --sparsity, not --prunen and --prunem")
+    if target == "ssm" and (options.prune_layers or not options.prune_A):
+        raise InputError(
+            "--shed_target ssm goes with --prune_A and without --prune_layers; "
+            "to remove whole blocks give --prune_layers and --shed_target mamba_block"
+        )
+    if target == "mamba_block" and not options.prune_layers:
+        raise InputError("--shed_target mamba_block removes weights as well: give --prune_layers")
+
+
+def _check_share(options: Options) -> None:
+    n, m, p = options.prunen, options.prunem, options.sparsity
+    if n or m:
+        if not 0 < n < m:
+            raise InputError(f"--prunen must be at least 1 and below --prunem, not {n} and {m}")
+        if options.blocksize % m:
+            raise InputError(f"--prunem {m} must divide --blocksize {options.blocksize}")
+        if p is not None and abs(p - n / m) > 1e-9:
+            raise InputError(f"--sparsity {p} contradicts {n}:{m}, which is {n / m:g}: leave one of them out")
+        if options.alpha:
+            raise InputError("--alpha spreads an unstructured sparsity: leave it out with --prunen and --prunem")
+    elif p is None:
+        raise InputError(f"--method {options.method} needs --sparsity, or --prunen and --prunem")
+    elif not 0 < p < 1:
+        raise InputError(f"--sparsity must lie between 0 and 1, not {p}")
+    elif options.alpha < 0:
+        raise InputError(f"--alpha must not be negative, not {options.alpha}")
+    elif p + options.alpha >= 1 or p - options.alpha < 0:
+        raise InputError(
+            f"--sparsity {p} with --alpha {options.alpha} leaves the range 0 to 1: keep alpha below {min(p, 1 - p):g}"
+        )
+
+
+def check_model(options: Options, config: Any) -> tuple[int, int]:
+    """What can be wrong only for this model; returns the range of layers to prune, first <= i < stop.
+
+    Args:
+        config: a MambaConfig.
+    """
+    first, stop = max(0, options.minlayer), min(options.maxlayer, config.num_hidden_layers)
+    if options.method is None:
+        return first, stop
+    if first >= stop:
+        raise InputError(
+            f"--minlayer {options.minlayer} and --maxlayer {options.maxlayer} leave none of the model's "
+            f"{config.num_hidden_layers} layers"
+        )
+    if options.recipe.sheds:
+        plan = options.shed_plan()
+        steps = plan.steps(stop - first)
+        if steps == 0:
+            raise InputError(f"--sparsity {options.sparsity} removes none of the {stop - first} layers in range")
+        if plan.target == "mamba_block" and steps == config.num_hidden_layers:
+            raise InputError(f"--sparsity {options.sparsity} leaves none of the model's {steps} blocks: give a lower one")
+    if options.prune_A and options.recipe.structure == "columns":
+        if (first, stop) != (0, config.num_hidden_layers):
+            raise InputError("removing states needs every layer, for a config has one state size: drop the layer range")
+        if not 0 < round(options.sparsity * config.state_size) < config.state_size:
+            raise InputError(f"--sparsity {options.sparsity} removes none or all of the {config.state_size} states")
+    m = options.prunem
+    if m and options.prune_A and config.state_size % m:
+        raise InputError(f"--prunem {m} does not divide the state size {config.state_size}")
+    if m and options.prune_layers:
+        columns = {
+            "in_proj": config.hidden_size, "conv1d": config.conv_kernel, "x_proj": config.intermediate_size,
+            "dt_proj": config.time_step_rank, "out_proj": config.intermediate_size,
+        }  # fmt: skip
+        for name in options.modules:
+            if columns[name] % m:
+                raise InputError(
+                    f"--prunem {m} does not divide the {columns[name]} columns of {name}: "
+                    "choose others with --target_modules or --module"
+                )
+    return first, stop

@@ -1,0 +1,67 @@
+"""How figures and names read in a report: numbers as short text, paths by as much of their end as tells them apart."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+
+def perplexity_text(value: float) -> str:
+    """Two decimals, fewer where they say nothing: 67.68, 1234.5, 2.3e+07."""
+    if not math.isfinite(value):
+        return "infinite" if value > 0 else "not a number"
+    if abs(value) < 1000:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if abs(value) < 1e5 else f"{value:.1e}"
+
+
+def percent_text(share: float, digits: int = 1) -> str:
+    """50 %, 33.3 %: no more decimals than needed, at most `digits`."""
+    if not math.isfinite(share):
+        return "not a number"
+    text = f"{100 * share:.{digits}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + " %"
+
+
+def bytes_text(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def number_text(value: float) -> str:
+    """A number as a tick or a label: 0.04, 1200, 4e+06."""
+    return f"{value:.4g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def clipped(text: str, length: int) -> str:
+    """At most `length` characters, the last an ellipsis where some are left out."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name -> its last parts (of a path), as many as it takes to differ from the others; hub ids stay whole."""
+    names = list(dict.fromkeys(names))
+    found = {}
+    for name in names:
+        if not name.startswith(("/", ".", "~")) and name.count("/") <= 1:
+            found[name] = name
+            continue
+        parts = [part for part in name.split("/") if part not in ("", ".")] or [name]
+        others = [other for other in names if other != name]
+        for count in range(1, len(parts) + 1):
+            tail = "/".join(parts[-count:])
+            if not any(other == tail or other.rstrip("/").endswith("/" + tail) for other in others):
+                break
+        else:
+            tail = name
+        found[name] = tail
+    return found
+
+
+def slug(text: str) -> str:
+    """A name for a file or an anchor."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.").lower()[:80] or "unnamed"
