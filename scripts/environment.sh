@@ -25,7 +25,7 @@ install() {
         echo "Making $VENV with $("$python" --version)"
         "$python" -m venv "$VENV"
     fi
-    wanted="$(cat requirements.txt "$file")"
+    wanted="$(cat requirements*.txt)"  # one may name another
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "Installing $file"
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"

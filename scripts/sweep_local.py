@@ -1,0 +1,74 @@
+"""Runs a sweep file without a server, several points at a time; what is done is not done again.
+
+    python scripts/sweep_local.py scripts/sweeps/aggregation.yaml --workers 2 --set model_path=demo dataset=demo seqlen=128
+
+Writes a table of the results as Markdown and CSV. Point N alone: --index N, which writes no table, for many may run at
+once; how many there are: --count. Exit code: 0 when every run is there, 1 when some failed, 2 for a mistake in the call,
+128 + the signal's number when it was stopped; the same call goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sparsessm.errors import InputError  # noqa: E402
+from sparsessm.reporting import grid, sweeps  # noqa: E402
+from sparsessm.reporting.paper_output import write_whole  # noqa: E402
+
+
+def sweep_local(
+    sweep: sweeps.Sweep, *, index: int | None, base_dir: Path, out: Path | None, workers: int, devices: Sequence[str] | None
+) -> int:
+    """Returns the exit code, or raises InputError. out: folder for the results (default: BASE_DIR/sweeps)."""
+    if index is not None and not 0 <= index < len(sweep.cells):
+        raise InputError(f"--index {index} is no point of {sweep.name}: it has 0 to {len(sweep.cells) - 1}")
+    cells = sweep.cells if index is None else [sweep.cells[index]]
+    failures, stopped = {}, None
+    try:
+        failures = grid.fill(cells, base_dir, workers=workers, devices=devices, group=sweep.name)
+    except grid.Stopped as signal:
+        stopped = signal
+    if index is None:
+        head, rows = sweeps.results(sweep, base_dir, failures)
+        out = out or base_dir / "sweeps"
+        page = write_whole(out / f"{sweep.name}.md", sweeps.markdown(sweep, head, rows, failures))
+        lines = write_whole(out / f"{sweep.name}.csv", sweeps.comma_separated(head, rows))
+        print(f"results: {page}, {lines}")
+    for cell, reason in failures.items():
+        print(f"failed: {cell.label}: {reason}", file=sys.stderr)
+    if stopped:
+        print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
+        return stopped.exit_code
+    return 1 if failures else 0
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = grid.Parser(__doc__)
+    parser.add_argument("file", type=Path, help="sweep file, as `wandb sweep` takes it; method grid")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="other parameters")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--devices", nargs="+", help="GPUs that the workers take in turn (default: all there are)")
+    parser.add_argument("--base_dir", type=Path, default=Path("experiments"), help="folder of all run folders")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: BASE_DIR/sweeps)")
+    parser.add_argument("--index", type=int, help="run this point alone, counted from 0")
+    parser.add_argument("--count", action="store_true", help="print the number of points and run nothing")
+    try:
+        known = parser.parse_args(argv)
+        sweep = sweeps.load(known.file, known.set)
+        if known.count:
+            print(len(sweep.cells))
+            return 0
+        return sweep_local(
+            sweep, index=known.index, base_dir=known.base_dir, out=known.out, workers=known.workers, devices=known.devices
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
