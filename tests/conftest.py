@@ -12,6 +12,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels for CUDA run on the CPU; before anything imports triton
+
 from transformers import MambaConfig, MambaForCausalLM
 
 from sparsessm.walk import Stream

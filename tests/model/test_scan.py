@@ -1,9 +1,12 @@
 """The selective scan: the reference against brute force in float64, the fast kernels against the reference.
 
 Kernels see fresh random input each time; a failure names its seed. Tolerances: float32 results to 2e-5 of the largest
-value, bfloat16 and float16 outputs to one rounding of their own, sums to 2e-5 of each field's largest.
+value, bfloat16 and float16 outputs to one rounding of their own, sums to 2e-5 of each field's largest. The kernel for
+CUDA runs on the GPU where there is one, else through Triton's interpreter (conftest.py), which is slow: it sees small
+shapes.
 """
 
+import importlib.util
 import itertools
 import os
 import random
@@ -16,7 +19,8 @@ from sparsessm.model import scan as scan_module
 from sparsessm.model.scan import EFFECTS, ScanMoments, force_kernel, selective_scan, selective_scan_ref
 
 NEEDS = [(), ("h2",), ("h2", "abar"), ("hh",), ("gram",), ("h2", "abar", "hh", "gram")]
-KERNELS = ["cpu"]
+without_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+KERNELS = ["cpu", pytest.param("cuda", marks=without_triton)]
 
 
 @pytest.fixture
@@ -48,6 +52,27 @@ def inputs(B, L, D, N, *, seed=0, dtype=torch.float32, gate=True, skip=True, bia
 
 def call(function, values, moments=None):
     return function(**values, moments=moments)
+
+
+def run(kernel, values, moments=None):
+    """`selective_scan` by a kernel, in the memory that it is for; results and sums come back to the CPU."""
+    device = "cuda" if kernel == "cuda" and torch.cuda.is_available() else "cpu"
+
+    def move(x):  # with all of its storage: what is a view stays one
+        if not isinstance(x, torch.Tensor):
+            return x
+        storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+        return storage.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+    moved = {name: move(value) for name, value in values.items()}
+    there = moments and ScanMoments(**{name: move(value) for name, value in vars(moments).items()})
+    with force_kernel(kernel):
+        y, h = call(selective_scan, moved, there)
+    if moments is not None:
+        for mine, theirs in zip(moments.tensors(), there.tensors(), strict=True):
+            mine.copy_(theirs)
+        moments.twin = None if there.twin is None else there.twin.cpu()
+    return y.cpu(), h.cpu()
 
 
 def brute_force(values, effect):
@@ -132,12 +157,14 @@ def test_time_steps_without_softplus():
 def compare(kernel, values, needs=(), effect="zero", tolerance=2e-5):
     (B, L, D), N = values["u"].shape, values["A"].shape[1]
     ours, theirs = (ScanMoments.zeros(needs, L, D, N, "cpu", effect) for _ in range(2))
-    with warnings.catch_warnings(), force_kernel(kernel):
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        y, h = call(selective_scan, values, ours if needs else None)
+        y, h = run(kernel, values, ours if needs else None)
     expected_y, expected_h = call(selective_scan_ref, values, theirs)
     assert y.dtype == expected_y.dtype and h.dtype == expected_h.dtype
     rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[y.dtype]
+    if kernel == "cuda" and y.dtype == torch.bfloat16 and not torch.cuda.is_available():
+        rounding = 2**-7  # Triton's interpreter cuts off where a GPU rounds
     close(y, expected_y, tolerance + rounding, "y")
     close(h, expected_h, tolerance, "h")
     for name in needs:
@@ -148,11 +175,25 @@ SHAPES = [
     (1, 1, 1, 1), (1, 2, 3, 1), (2, 1, 16, 16), (3, 17, 5, 16), (2, 33, 17, 5), (2, 16, 16, 12), (1, 47, 100, 3),
     (5, 31, 33, 16), (1, 300, 8, 16), (2, 20, 31, 64), (9, 15, 48, 2), (1, 19, 1536, 16),
 ]  # fmt: skip
+# For CUDA: more samples than are summed at once, more states than a tile of products has, channels of several programs.
+CUDA_SHAPES = [(1, 1, 1, 1), (1, 2, 3, 1), (2, 7, 5, 16), (3, 9, 17, 5), (1, 23, 40, 3), (9, 3, 33, 2), (2, 4, 3, 20)]
+CASES = [
+    *(("cpu", *case) for case in itertools.product(SHAPES, NEEDS)),
+    *(("cuda", *case) for case in itertools.product(CUDA_SHAPES, NEEDS)),
+    *(("cuda", *case) for case in itertools.product([(5, 31, 33, 16), (2, 20, 31, 64)], [(), ("h2", "abar")])),
+    ("cuda", (1, 130, 8, 16), ()),
+]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("needs", NEEDS, ids=lambda needs: "+".join(needs) or "none")
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "kernel, shape, needs",
+    [
+        pytest.param(
+            kernel, *case, marks=without_triton if kernel == "cuda" else (), id=f"{kernel}-{case[0]}-{case[1]}"
+        )
+        for kernel, *case in CASES
+    ],
+)
 def test_kernels_on_odd_shapes(kernel, shape, needs, seed):
     compare(kernel, inputs(*shape, seed=seed), needs, random.Random(seed).choice(EFFECTS))
 
@@ -206,8 +247,7 @@ def test_kernels_give_zero_where_there_is_no_transition(kernel, seed):
     """Exactly, as every runtime does: what is saved is what was evaluated."""
     values = inputs(2, 9, 19, 6, seed=seed) | {"A": torch.full((19, 6), -torch.tensor(30.0).exp())}
     moments = ScanMoments.zeros(("abar",), 9, 19, 6, "cpu")
-    with force_kernel(kernel):
-        call(selective_scan, values, moments)
+    run(kernel, values, moments)
     assert not moments.abar.any()
 
 
@@ -215,8 +255,7 @@ def test_kernels_give_zero_where_there_is_no_transition(kernel, seed):
 def test_kernels_pass_on_what_is_not_a_number(kernel, seed):
     values = inputs(2, 9, 19, 6, seed=seed)
     values["u"][1, 4, 7] = float("nan")
-    with force_kernel(kernel):
-        y, h = call(selective_scan, values)
+    y, h = run(kernel, values)
     bad = torch.isnan(y)
     assert bad[1, 4:, 7].all() and int(bad.sum()) == 5 and torch.isnan(h[1, 7]).all()
 
@@ -233,8 +272,7 @@ def test_pieces_make_the_whole(kernel, cut, effect, seed):
         piece = {n: v[:, start : start + cut] if n in ("u", "delta", "B", "C", "z") else v for n, v in values.items()}
         moments = ScanMoments.zeros(needs, piece["u"].shape[1], 19, 6, "cpu", effect)
         moments.twin = twin
-        with force_kernel(kernel):
-            out, state = call(selective_scan, piece | {"h0": state}, moments)
+        out, state = run(kernel, piece | {"h0": state}, moments)
         twin = moments.twin
         parts.append(out)
         sums.append(moments)
@@ -250,10 +288,8 @@ def test_pieces_make_the_whole(kernel, cut, effect, seed):
 def test_sums_are_added_to_what_is_there(kernel, seed):
     values = inputs(2, 9, 19, 6, seed=seed)
     once, twice = (ScanMoments.zeros(("h2", "abar", "hh", "gram"), 9, 19, 6, "cpu") for _ in range(2))
-    with force_kernel(kernel):
-        call(selective_scan, values, once)
-        call(selective_scan, values, twice)
-        call(selective_scan, values, twice)
+    for moments in (once, twice, twice):
+        run(kernel, values, moments)
     for name in ScanMoments.FIELDS:
         close(getattr(twice, name), 2 * getattr(once, name), 1e-12, name)
 
