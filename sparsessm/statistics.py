@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparsessm.model.matmul import linear
 from sparsessm.model.scan import SUM_DTYPE
 
 
@@ -42,8 +43,8 @@ class Gram(_Sum):
         self.skip = skip
 
     def update(self, inputs: Tensor) -> None:
-        x = inputs[:, self.skip :].flatten(0, 1).float()  # (B*L,cols)
-        self.total += x.T @ x
+        x = inputs[:, self.skip :].flatten(0, 1).float().T.contiguous()  # (cols,B*L)
+        self.total += linear(x, x)
 
 
 class Energy(_Sum):
@@ -85,7 +86,7 @@ class PairGram(Gram):
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """inputs (B,L,cols), targets (B,L,rows)."""
         super().update(inputs)
-        self.cross += targets.flatten(0, 1).float().T @ inputs.flatten(0, 1).float()
+        self.cross += linear(targets.flatten(0, 1).float().T, inputs.flatten(0, 1).float().T.contiguous())
 
     def merge(self, other: PairGram) -> None:
         super().merge(other)

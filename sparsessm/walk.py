@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sparsessm import ranks
 from sparsessm.memory import DiskResidual, default_budget
 from sparsessm.model.block import Carry, ScanInputs, Taps, block_forward, output, scan, scan_inputs
+from sparsessm.model.matmul import linear
 from sparsessm.model.scan import SUM_DTYPE, ScanMoments
 from sparsessm.statistics import Accumulator, PairGram
 
@@ -171,7 +172,7 @@ class BlockView:
                     inputs, conv[i] = scan_inputs(view.block, hidden[i], conv[i])
                     y, state[i] = scan(view.block, inputs, state[i])
                     gated.append(y)
-                aim = gated[1] @ teacher.block.mixer.out_proj.weight.T + (hidden[1] - hidden[0])
+                aim = linear(gated[1], teacher.block.mixer.out_proj.weight) + (hidden[1] - hidden[0])
                 pair.update(gated[0], aim)
         ranks.all_sum(pair.total, pair.cross)
 

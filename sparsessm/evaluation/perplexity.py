@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsessm import ranks
+from sparsessm.model.matmul import linear
 from sparsessm.walk import Stream, walk
 
-# Logits that exist at once, in one buffer that is used again: with a vocabulary of 50 thousand, those of 667 tokens.
+# Logits that exist at once: with a vocabulary of 50 thousand, those of 667 tokens.
 _LOGITS_AT_ONCE = 1 << 25
 
 
@@ -72,10 +73,9 @@ def _negative_log_likelihood(model: nn.Module, hidden: Tensor, ids: Tensor) -> T
     norm, head = model.backbone.norm_f, model.lm_head
     x = norm(hidden.to(norm.weight.dtype))[:, :-1].flatten(0, 1)  # (B,L,M) -> (B*(L-1),M)
     targets = ids[:, 1:].flatten()
-    rows = min(len(x), max(1, _LOGITS_AT_ONCE // head.weight.shape[0]))
-    buffer = x.new_empty(rows, head.weight.shape[0])  # (rows,V)
+    rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for part, target in zip(x.split(rows), targets.split(rows), strict=True):
-        logits = torch.mm(part, head.weight.T, out=buffer[: len(part)])  # stock Mamba heads have no bias
+        logits = linear(part, head.weight, head.bias)  # (rows,V)
         total += F.cross_entropy(logits.float(), target, reduction="none").double().sum()
     return total

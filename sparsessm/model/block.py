@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsessm.model.matmul import linear
 from sparsessm.model.scan import ScanMoments, selective_scan
 
 # The modules of a block whose weights can be pruned, in the order in which data meets them.
@@ -89,13 +90,13 @@ def scan_inputs(
     D, K = mixer.conv1d.weight.shape[0], mixer.conv1d.weight.shape[-1]
     x = block.norm(hidden.to(block.norm.weight.dtype))  # (B,L,M)
     _show(taps, "in_proj", x)
-    u, z = mixer.in_proj(x).chunk(2, dim=-1)  # (B,L,2D) -> (B,L,D), (B,L,D)
+    u, z = _apply(mixer.in_proj, x).chunk(2, dim=-1)  # (B,L,2D) -> (B,L,D), (B,L,D)
     before = u.new_zeros(u.shape[0], K - 1, D) if conv is None else conv
     padded = torch.cat([before, u], dim=1)  # (B,K-1+L,D)
     _show(taps, "conv1d", padded)
     u = mixer.act(causal_conv(padded, mixer.conv1d.weight, mixer.conv1d.bias))
     _show(taps, "x_proj", u)
-    projected = mixer.x_proj(u)  # (B,L,R+2N)
+    projected = _apply(mixer.x_proj, u)  # (B,L,R+2N)
     _show(taps, "dt_proj", projected[..., : mixer.dt_proj.weight.shape[1]])
     # a copy: a view would keep the whole piece alive
     return ScanInputs(u, z, projected), padded[:, padded.shape[1] - (K - 1) :].clone()
@@ -110,7 +111,7 @@ def scan(
     delta, B, C = inputs.projected.split([R, N, N], dim=-1)
     return selective_scan(
         inputs.u,
-        delta @ mixer.dt_proj.weight.T,  # (B,L,R) -> (B,L,D)
+        linear(delta, mixer.dt_proj.weight),  # (B,L,R) -> (B,L,D)
         -torch.exp(mixer.A_log.float()),
         B,
         C,
@@ -127,7 +128,11 @@ def output(block: nn.Module, hidden: Tensor, y: Tensor, taps: Taps | None = None
     """The block after its scan: hidden (B,L,M) plus what out_proj makes of the gated outputs y (B,L,D)."""
     _show(taps or {}, "out_proj", y)
     residual = hidden.float() if block.residual_in_fp32 else hidden
-    return residual + block.mixer.out_proj(y)
+    return residual + _apply(block.mixer.out_proj, y)
+
+
+def _apply(module: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias)
 
 
 def causal_conv(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
