@@ -3,10 +3,11 @@
     python scripts/bench_scan.py [--shape 130m] [--batch 8] [--steps 512] [--states 16] [--threads 2] [--rounds 5]
 
 All scan the same float32 input. `loop` is the reference of sparsessm.model.scan: one vectorised torch step after the
-other. `stock` is what transformers runs on a CPU. The two limits are measured on the spot: `exp` is the rate of the
-scan's own exponential on numbers in the first-level cache, `torch.exp` that of torch on the same; `copy` is the rate of
-reading and writing main memory. "gap" is the time of the fused scan over the time that the exponentials alone take, or
-over the bytes it must move, whichever is longer.
+other. `stock` is what transformers runs on a CPU. The limits are measured on the spot, on numbers in the first-level cache: `exp`
+is the rate of the scan's own exponential, `torch.exp` that of torch, `step` that of an exponential with the products and
+sums of one state; `copy` is the rate of reading and writing main memory. "gap" is the time of the fused scan over the
+time that the steps alone take, or over that of the bytes it must move, whichever is longer; "gap exp" the same with the
+exponentials alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarking import SHAPES, in_turn, machine, median_ratio
 from numba import njit
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-from sparsessm.model.lanes import LANES, load, power, store
+from sparsessm.model.lanes import LANES, fma, load, power, store
 from sparsessm.model.scan import ScanMoments, force_kernel, selective_scan, selective_scan_ref
 from sparsessm.reporting.tables import text_table
 
@@ -36,6 +37,17 @@ def exponentials(x, y, out, times):
     for _ in range(times):
         for i in range(0, x.size, LANES):
             store(out, i, power(load(x, i), load(y, i)))
+
+
+@njit(nogil=True)
+def recurrences(x, y, h, out, times):
+    """h = 2^(x y) h + y and out += x h: what a scan does for a state, without the memory that it takes it from."""
+    for _ in range(times):
+        for i in range(0, x.size, LANES):
+            a, b = load(x, i), load(y, i)
+            new = fma(power(a, b), load(h, i), a * b)
+            store(h, i, new)
+            store(out, i, fma(a, new, load(out, i)))
 
 
 def scan_inputs(B: int, L: int, D: int, N: int) -> dict[str, torch.Tensor]:
@@ -76,7 +88,11 @@ def limits(threads: int) -> dict[str, Callable[[], object]]:
         for _ in range(2_000):
             torch.exp(small, out=cached)
 
-    return {"exp": ours, "torch.exp": theirs, "copy": lambda: target.copy_(source)}
+    def steps() -> None:
+        hs = [np.zeros_like(x) for _ in range(threads)]
+        list(pool.map(lambda h: recurrences(x, y, h, np.zeros_like(x), 10_000), hs))
+
+    return {"exp": ours, "step": steps, "torch.exp": theirs, "copy": lambda: target.copy_(source)}
 
 
 def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, rounds: int) -> None:
@@ -104,6 +120,7 @@ def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, roun
 
     rates = {
         "exp": threads * CACHED * 10_000 / statistics.median(seconds["exp"]),
+        "step": threads * CACHED * 10_000 / statistics.median(seconds["step"]),
         "torch.exp": threads * CACHED * 2_000 / statistics.median(seconds["torch.exp"]),
         "copy": 2 * 4 * (1 << 27) / statistics.median(seconds["copy"]),
     }
@@ -118,13 +135,15 @@ def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, roun
         for other in ("loop", "loop, h2", "stock"):
             cells[f"x {other}"] = f"{median_ratio(seconds[other], seconds[name]):.1f}"
         if name in moved:
-            floor = max(elements / rates["exp"], moved[name] / rates["copy"])
-            cells |= {"MB moved": f"{moved[name] / 1e6:.0f}", "gap": f"{median / floor:.2f}"}
+            cells["MB moved"] = f"{moved[name] / 1e6:.0f}"
+            for label, rate in {"gap": "step", "gap exp": "exp"}.items():
+                cells[label] = f"{median / max(elements / rates[rate], moved[name] / rates['copy']):.2f}"
         rows.append(cells)
     print(machine())
     print(f"B {B}, L {L}, D {D}, N {N}, float32; medians of {rounds} rounds\n")
     print(text_table(rows))
     print(f"\nlimits: {rates['exp'] / 1e9:.2f} G exponentials/s (torch.exp {rates['torch.exp'] / 1e9:.2f}), "
+          f"{rates['step'] / 1e9:.2f} G steps of a state/s, "
           f"{rates['copy'] / 1e9:.1f} GB/s")  # fmt: skip
 
 
