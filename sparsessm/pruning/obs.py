@@ -120,9 +120,11 @@ def polish(
     residual = ((W.to(H.dtype) - V) @ H) * keep
     direction = residual / scale
     energy = (residual * direction).sum(-1, keepdim=True)  # of each row
+    enough = energy * torch.finfo(H.dtype).eps ** 2  # what is left of it then is rounding, and no direction to go on in
     for _ in range(iterations):
         image = (direction @ H) * keep
         step = energy / (direction * image).sum(-1, keepdim=True).clamp_min(torch.finfo(H.dtype).tiny)
+        step = torch.where(energy > enough, step, 0)
         V = V + step * direction
         residual = residual - step * image
         ahead = residual / scale
