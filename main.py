@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 
 import sparsessm
-from sparsessm import allocation, checkpoint, checks, compensation, options, pipeline, ranks, saving, shedding, text
+from sparsessm import checkpoint, checks, options, pipeline, ranks, saving, schedule, shedding, text
 from sparsessm.errors import InputError
 from sparsessm.evaluation import zero_shot
 from sparsessm.evaluation.perplexity import perplexity
@@ -229,15 +229,7 @@ class _Job:
         if chosen.recipe.sheds:
             self.shed = shedding.shed(model, embed, self.calibration.ids, chosen.shed_plan(), *where)
             return self.shed.masks
-        transitions = chosen.transition_plan() if chosen.prune_A else None
-        weights = chosen.weight_plan() if chosen.prune_layers else None
-        plan, shares = chosen.compensation_plan(), None
-        if chosen.recipe.allocation == "output":
-            shares = allocation.output_shares(model, embed, transitions, weights, *where)
-        if plan or shares:
-            return compensation.prune_compensated(model, embed, transitions, weights, plan, *where, shares=shares)
-        masks = pipeline.prune_A_log(model, embed(), transitions, *where) if transitions else {}
-        return masks | (pipeline.prune_weights(model, embed, weights, *where) if weights else {})
+        return schedule.prune(model, embed, *chosen.plans(), *where)
 
     def _save(self, model: torch.nn.Module, masks: pipeline.Masks, metrics: dict[str, Any]) -> Path:
         chosen = self.chosen

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm import allocation, checkpoint, compensation, pipeline, text  # noqa: E402
+from sparsessm import checkpoint, schedule, text  # noqa: E402
 from sparsessm.evaluation.perplexity import perplexity  # noqa: E402
 from sparsessm.options import Options  # noqa: E402
 from sparsessm.reporting.tables import text_table  # noqa: E402
@@ -63,28 +62,12 @@ class Bench:
         if flags:
             chosen = Options(model="demo", dataset="demo", **{key: value for given in flags for key, value in given.items()})
             windows = self.calibration(calibrate or self.dataset, nsamples or self.sizes[1], seed)
-            prune(model, chosen, lambda: Stream.embed(model, windows, **PLACE))
+            embed = lambda: Stream.embed(model, windows, **PLACE)  # noqa: E731
+            schedule.prune(model, embed, *chosen.plans(), 0, len(model.backbone.layers), silent)
         return [perplexity(model, self.evaluation(name), **PLACE).value for name in on or (self.dataset,)]
 
     def cell(self, *flags: dict[str, Any], **how: Any) -> str:
         return " / ".join(f"{value:.2f}" for value in self.measure(*flags, **how))
-
-
-def prune(model: torch.nn.Module, chosen: Options, embed: Callable[[], Stream]) -> None:
-    """As main.py does, without a run folder."""
-    where = (0, len(model.backbone.layers), silent)
-    transitions = chosen.transition_plan() if chosen.prune_A else None
-    weights = chosen.weight_plan() if chosen.prune_layers else None
-    plan, shares = chosen.compensation_plan(), None
-    if chosen.recipe.allocation == "output":
-        shares = allocation.output_shares(model, embed, transitions, weights, *where)
-    if plan or shares:
-        compensation.prune_compensated(model, embed, transitions, weights, plan, *where, shares=shares)
-        return
-    if transitions:
-        pipeline.prune_A_log(model, embed(), transitions, *where)
-    if weights:
-        pipeline.prune_weights(model, embed, weights, *where)
 
 
 def parts(bench: Bench, other: list[str]) -> list[dict[str, str]]:

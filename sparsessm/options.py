@@ -219,6 +219,12 @@ class Options:
         recipe = self.recipe
         return CompensationPlan(recipe.compensate == "out_proj", recipe.module_order == "sequential", self.ridge)
 
+    def plans(self) -> tuple[TransitionPlan | None, WeightPlan | None, CompensationPlan, bool]:
+        """What schedule.prune is told: the plans for A_log and the weights, what compensates, and whether to allocate."""
+        transitions = self.transition_plan() if self.prune_A else None
+        weights = self.weight_plan() if self.prune_layers else None
+        return transitions, weights, self.compensation_plan(), self.recipe.allocation == "output"
+
     def shed_plan(self) -> ShedPlan:
         target = self.shed_target or ("ssm" if self.prune_A else "mamba_block")
         return ShedPlan(target, self.sparsity, self.pruned_transition)
