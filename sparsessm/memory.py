@@ -1,4 +1,4 @@
-"""Where the residual stream waits, and how much memory may be spent to save work."""
+"""Where the residual stream and what goes with it wait, and how much memory may be spent to save work."""
 
 from __future__ import annotations
 
@@ -30,14 +30,25 @@ def _available() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-class DiskResidual:
+def room(
+    shape: tuple[int, int, int], dtype: torch.dtype, place: torch.device | str, folder: str | Path | None = None
+) -> Tensor | DiskTensor:
+    """A tensor of any content on a device or, for the place "disk", in a file in the folder.
+
+    Raises:
+        InputError: the disk has no room for it.
+    """
+    return DiskTensor(shape, dtype, folder) if place == "disk" else torch.empty(shape, dtype=dtype, device=place)
+
+
+class DiskTensor:
     """A tensor (n,L,M) in a file that vanishes with the process; read and written a slice of rows and steps at a time.
 
     Plain reads and writes: pages of a mapped file would count as memory of the process for as long as it is mapped.
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, folder: str | Path | None = None) -> None:
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.dtype, self.folder = shape, dtype, folder
         self._file = tempfile.TemporaryFile(dir=folder)
         self._step = shape[2] * torch.empty(0, dtype=dtype).element_size()  # bytes of one time step
         try:
@@ -49,15 +60,18 @@ class DiskResidual:
     def _offset(self, row: int, step: int) -> int:
         return (row * self.shape[1] + step) * self._step
 
+    def _bounds(self, where: tuple[slice, slice]) -> list[tuple[int, int, int]]:
+        return [part.indices(size) for part, size in zip(where, self.shape)]
+
     def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
-        (first, stop, _), (start, end, _) = (s.indices(size) for s, size in zip(where, self.shape))
+        (first, stop, _), (start, end, _) = self._bounds(where)
         out = torch.empty(stop - first, end - start, self.shape[2], dtype=self.dtype)
         for i in range(stop - first):
             os.preadv(self._file.fileno(), [out[i].view(torch.uint8).numpy()], self._offset(first + i, start))
         return out
 
     def __setitem__(self, where: tuple[slice, slice], value: Tensor) -> None:
-        (first, stop, _), (start, _, _) = (s.indices(size) for s, size in zip(where, self.shape))
+        (first, stop, _), (start, _, _) = self._bounds(where)
         value = value.detach().cpu().contiguous()
         for i in range(stop - first):
             os.pwritev(self._file.fileno(), [value[i].view(torch.uint8).numpy()], self._offset(first + i, start))

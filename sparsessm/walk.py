@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsessm import ranks
-from sparsessm.memory import DiskResidual, default_budget
+from sparsessm.memory import DiskTensor, default_budget, room
 from sparsessm.model.block import Carry, ScanInputs, Taps, block_forward, output, scan, scan_inputs
 from sparsessm.model.matmul import linear
 from sparsessm.model.scan import SUM_DTYPE, ScanMoments
@@ -47,7 +47,7 @@ class Stream:
         budget: bytes that a block may keep of what it has computed for its second pass.
     """
 
-    hidden: Tensor | DiskResidual
+    hidden: Tensor | DiskTensor
     device: torch.device
     batch: int
     total: int
@@ -75,7 +75,7 @@ class Stream:
         dtype = torch.float32 if model.config.residual_in_fp32 else embeddings.weight.dtype
         mine = ranks.share(windows, batch)
         shape = (*mine.shape, embeddings.weight.shape[1])
-        hidden = _residual(shape, dtype, offload, scratch)
+        hidden = room(shape, dtype, offload, scratch)
         stream = cls(hidden, device, batch, len(windows), default_budget(device) if budget is None else budget)
         for rows in stream.batches():
             hidden[rows, :] = embeddings(mine[rows].to(embeddings.weight.device)).to(dtype)
@@ -87,15 +87,38 @@ class Stream:
     def batches(self) -> list[slice]:
         return [slice(start, min(start + self.batch, len(self))) for start in range(0, len(self), self.batch)]
 
+    def beside(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | DiskTensor:
+        """(n,rows,columns) of any content, where the stream waits."""
+        disk = isinstance(self.hidden, DiskTensor)
+        place, folder = ("disk", self.hidden.folder) if disk else (self.hidden.device, None)
+        return room((len(self), rows, columns), dtype, place, folder)
+
     def pieces(self) -> list[slice]:
         L = self.hidden.shape[1]
         return [slice(start, min(start + STEPS_AT_ONCE, L)) for start in range(0, L, STEPS_AT_ONCE)]
 
 
-def _residual(
-    shape: tuple[int, int, int], dtype: torch.dtype, offload: torch.device | str, scratch: str | Path | None
-) -> Tensor | DiskResidual:
-    return DiskResidual(shape, dtype, scratch) if offload == "disk" else torch.empty(shape, dtype=dtype, device=offload)
+class _Carries:
+    """What the windows of a stream carry from one piece to the next, where the stream itself waits."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._parts: list[Tensor | DiskTensor] = []
+        self._begun: set[int] = set()  # first windows of the batches that have carried something
+
+    def take(self, rows: slice) -> list[Tensor | None]:
+        """conv, state and twin of a batch, see Carry and ScanMoments; None at the start of its windows."""
+        if rows.start not in self._begun:
+            return [None, None, None]
+        taken = [part[rows, :].to(self._stream.device) for part in self._parts]
+        return taken + [None] * (3 - len(taken))
+
+    def put(self, rows: slice, *values: Tensor | None) -> None:
+        values = [value for value in values if value is not None]
+        self._parts = self._parts or [self._stream.beside(*value.shape[1:], value.dtype) for value in values]
+        for part, value in zip(self._parts, values, strict=True):
+            part[rows, :] = value
+        self._begun.add(rows.start)
 
 
 class BlockView:
@@ -137,17 +160,16 @@ class BlockView:
         What the scan read is kept within the budget, for `advance` after a change of A_log alone. effect: see ScanMoments.
         """
         stream, (D, N), room = self.stream, self.A_log.shape, self.stream.budget
-        carries: dict[int, Carry] = {}
-        twins: dict[int, Tensor | None] = {}
-        for steps in stream.pieces():
+        pieces, carries = stream.pieces(), _Carries(stream)
+        for steps in pieces:
             moments = ScanMoments.zeros(needs, steps.stop - steps.start, D, N, stream.device, effect)
             for rows in stream.batches():
-                before = carries.get(rows.start)
+                conv, state, moments.twin = carries.take(rows)
                 hidden = stream.hidden[rows, steps].to(stream.device)
-                inputs, conv = scan_inputs(self.block, hidden, before and before.conv)
-                moments.twin = twins.get(rows.start)
-                _, state = scan(self.block, inputs, before and before.state, moments)
-                carries[rows.start], twins[rows.start] = Carry(conv, state), moments.twin
+                inputs, conv = scan_inputs(self.block, hidden, conv)
+                _, state = scan(self.block, inputs, state, moments)
+                if steps is not pieces[-1]:
+                    carries.put(rows, conv, state, moments.twin)
                 if inputs.nbytes() <= room:
                     self._kept[steps.start, rows.start] = inputs.compact(), conv
                     room -= inputs.nbytes()

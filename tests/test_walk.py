@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import sparsessm.walk as walk_module
+from sparsessm.memory import DiskTensor
 from sparsessm.model.block import block_forward, prune_transitions
 from sparsessm.model.scan import ScanMoments
 from sparsessm.pipeline import TransitionPlan, prune_A_log
@@ -112,6 +113,28 @@ def test_pieces_of_the_states_are_those_of_one_long_scan(tiny_model, tiny_window
     torch.testing.assert_close(torch.cat([m.h2 for _, m in pieces]), whole.h2, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(torch.cat([m.abar for _, m in pieces]), whole.abar, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(sum(m.hh for _, m in pieces), whole.hh, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_the_recurrence_with_another_A_goes_on_from_piece_to_piece(tiny_model, tiny_windows, monkeypatch, tmp_path, offload):
+    model, windows = tiny_model(), tiny_windows(5, 17)
+    whole = ScanMoments.zeros(("gram",), 17, 32, 6, "cpu", "unit")
+    block_forward(model.backbone.layers[0], model.backbone.embeddings(windows), moments=whole)
+    monkeypatch.setattr(walk_module, "STEPS_AT_ONCE", 4)
+    stream = Stream.embed(model, windows, device="cpu", offload=offload, batch=2, scratch=tmp_path)
+    for view in walk(model, stream, 0, 1):
+        gram = sum(moments.gram for _, moments in view.observe_states(("gram",), "unit"))
+    torch.testing.assert_close(gram, whole.gram, atol=1e-6, rtol=1e-5)
+
+
+def test_what_goes_with_a_stream_on_disk_is_on_disk(tiny_model, tiny_windows, tmp_path):
+    stream = Stream.embed(tiny_model(), tiny_windows(5, 17), device="cpu", offload="disk", batch=2, scratch=tmp_path)
+    beside = stream.beside(3, 4, torch.bfloat16)
+    values = torch.randn(5, 3, 4).bfloat16()
+    beside[1:3, :] = values[1:3]
+    beside[3:5, 1:3] = values[3:5, 1:3]
+    assert isinstance(beside, DiskTensor) and list(tmp_path.iterdir()) == []
+    assert torch.equal(beside[1:3, :], values[1:3]) and torch.equal(beside[4:5, 1:2], values[4:5, 1:2])
 
 
 def test_modules_can_be_observed_after_the_states(tiny_model, tiny_windows, embed):
