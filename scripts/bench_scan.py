@@ -3,11 +3,12 @@
     python scripts/bench_scan.py [--shape 130m] [--batch 8] [--steps 512] [--states 16] [--threads 2] [--rounds 5]
 
 All scan the same float32 input. `loop` is the reference of sparsessm.model.scan: one vectorised torch step after the
-other. `stock` is what transformers runs on a CPU. The limits are measured on the spot, on numbers in the first-level cache: `exp`
-is the rate of the scan's own exponential, `torch.exp` that of torch, `step` that of an exponential with the products and
-sums of one state; `copy` is the rate of reading and writing main memory. "gap" is the time of the fused scan over the
-time that the steps alone take, or over that of the bytes it must move, whichever is longer; "gap exp" the same with the
-exponentials alone.
+other. `stock` is what transformers runs on a CPU. The limits are measured on the spot, on numbers in the first-level
+cache, by as many threads: `exp` is the rate of the scan's own exponential, `torch.exp` that of torch, `step` that of an
+exponential with the products and sums of one state, `edge` that of the softplus and the gate of one channel, `fma` that of
+one product and sum; `copy` is the rate of reading and writing main memory. "limit" is the time that the arithmetic of a
+scan takes at these rates (its states at `step`, its channels at `edge`, what its sums add at `fma`), or its bytes at
+`copy`, whichever is longer; "gap" is the time of the scan over that, "gap exp" over that of the exponentials alone.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from benchmarking import SHAPES, in_turn, machine, median_ratio
 from numba import njit
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-from sparsessm.model.lanes import LANES, fma, load, power, store
+from sparsessm.model.lanes import LANES, fill, fma, load, power, silu, softplus, store
 from sparsessm.model.scan import ScanMoments, force_kernel, selective_scan, selective_scan_ref
+from sparsessm.threads import for_each
 from sparsessm.reporting.tables import text_table
 
 CACHED = 1 << 11  # numbers that stay in the first-level cache
+REPEATS = 40_000
 
 
 @njit(nogil=True)
@@ -48,6 +51,32 @@ def recurrences(x, y, h, out, times):
             new = fma(power(a, b), load(h, i), a * b)
             store(h, i, new)
             store(out, i, fma(a, new, load(out, i)))
+
+
+@njit(nogil=True)
+def edges(x, y, out, times):
+    """out = softplus(x) and silu(y): what a scan does for a channel."""
+    for _ in range(times):
+        for i in range(0, x.size, LANES):
+            store(out, i, softplus(load(x, i)) + silu(load(y, i)))
+
+
+@njit(nogil=True)
+def products(x, y, out, times):
+    """Sums of x y for four vectors of each, against each other."""
+    for _ in range(times):
+        zero = fill(0.0)
+        a0, a1, a2, a3, a4, a5, a6, a7 = zero, zero, zero, zero, zero, zero, zero, zero
+        b0, b1, b2, b3, b4, b5, b6, b7 = zero, zero, zero, zero, zero, zero, zero, zero
+        for i in range(0, x.size, 4 * LANES):
+            x0, x1, x2, x3 = load(x, i), load(x, i + LANES), load(x, i + 2 * LANES), load(x, i + 3 * LANES)
+            y0, y1, y2, y3 = load(y, i), load(y, i + LANES), load(y, i + 2 * LANES), load(y, i + 3 * LANES)
+            a0, a1, a2, a3 = fma(x0, y0, a0), fma(x0, y1, a1), fma(x0, y2, a2), fma(x0, y3, a3)
+            a4, a5, a6, a7 = fma(x1, y0, a4), fma(x1, y1, a5), fma(x1, y2, a6), fma(x1, y3, a7)
+            b0, b1, b2, b3 = fma(x2, y0, b0), fma(x2, y1, b1), fma(x2, y2, b2), fma(x2, y3, b3)
+            b4, b5, b6, b7 = fma(x3, y0, b4), fma(x3, y1, b5), fma(x3, y2, b6), fma(x3, y3, b7)
+        a = a0 + a1 + a2 + a3 + a4 + a5 + a6 + a7
+        store(out, 0, a + b0 + b1 + b2 + b3 + b4 + b5 + b6 + b7)
 
 
 def scan_inputs(B: int, L: int, D: int, N: int) -> dict[str, torch.Tensor]:
@@ -71,28 +100,33 @@ def stock(values: dict[str, torch.Tensor]) -> torch.Tensor:
     )  # fmt: skip
 
 
-def limits(threads: int) -> dict[str, Callable[[], object]]:
-    """What measures the machine: exponentials by our polynomial and by torch, a copy of main memory."""
-    from concurrent.futures import ThreadPoolExecutor
-
+def limits(threads: int) -> dict[str, tuple[Callable[[], object], int]]:
+    """What measures the machine, and how many operations (bytes) a call makes (moves)."""
     x, y = -np.random.rand(CACHED).astype(np.float32), np.random.rand(CACHED).astype(np.float32)
-    pool = ThreadPoolExecutor(threads)
+    buffers = [np.zeros((2, CACHED), np.float32) for _ in range(threads)]
     source, target = torch.ones(1 << 27), torch.empty(1 << 27)
     small = torch.full((CACHED * threads,), -0.5)
     cached = torch.empty_like(small)
 
-    def ours() -> None:
-        list(pool.map(lambda out: exponentials(x, y, out, 10_000), [np.empty_like(x) for _ in range(threads)]))
+    def step(buffer: np.ndarray) -> None:
+        buffer[:] = 0
+        recurrences(x, y, *buffer, REPEATS)
 
-    def theirs() -> None:
-        for _ in range(2_000):
+    def torch_exp() -> None:
+        for _ in range(REPEATS // 16):
             torch.exp(small, out=cached)
 
-    def steps() -> None:
-        hs = [np.zeros_like(x) for _ in range(threads)]
-        list(pool.map(lambda h: recurrences(x, y, h, np.zeros_like(x), 10_000), hs))
-
-    return {"exp": ours, "step": steps, "torch.exp": theirs, "copy": lambda: target.copy_(source)}
+    count = threads * CACHED * REPEATS
+    own = {
+        "exp": (lambda buffer: exponentials(x, y, buffer[0], REPEATS), count),
+        "step": (step, count),
+        "edge": (lambda buffer: edges(x, y, buffer[0], REPEATS), count),
+        "fma": (lambda buffer: products(x, y, buffer[0], REPEATS), 4 * count),
+    }
+    return {name: (partial(for_each, kernel, buffers, threads), n) for name, (kernel, n) in own.items()} | {
+        "torch.exp": (torch_exp, count // 16),
+        "copy": (lambda: target.copy_(source), 2 * 4 * (1 << 27)),
+    }
 
 
 def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, rounds: int) -> None:
@@ -115,36 +149,37 @@ def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, roun
         "loop, h2": partial(loop, moments=moments("h2")),
         "stock": partial(stock, values),
     }
+    machine_limits = limits(threads)
     with force_kernel("cpu"):
-        seconds = in_turn(peers | limits(threads), rounds)
+        seconds = in_turn(peers | {name: call for name, (call, _) in machine_limits.items()}, rounds, twice=True)
 
-    rates = {
-        "exp": threads * CACHED * 10_000 / statistics.median(seconds["exp"]),
-        "step": threads * CACHED * 10_000 / statistics.median(seconds["step"]),
-        "torch.exp": threads * CACHED * 2_000 / statistics.median(seconds["torch.exp"]),
-        "copy": 2 * 4 * (1 << 27) / statistics.median(seconds["copy"]),
-    }
-    elements, word = B * L * D * N, 4
+    rates = {name: count / statistics.median(seconds[name]) for name, (_, count) in machine_limits.items()}
+    states, channels, word = B * L * D * N, B * L * D, 4
     streams = word * (4 * B * L * D + 2 * B * L * N)  # u, delta, z and y; B and C
     sums = 2 * 8 * L * D * N  # a sum in float64 is read and written
-    moved = {"fused": streams, "fused, h2": streams + sums, "fused, h2 and abar": streams + 2 * sums, "fused, gram": streams}
+    bounds = {  # bytes moved, and products for each state beside its step
+        "fused": (streams, 0), "fused, h2": (streams + sums, 1), "fused, h2 and abar": (streams + 2 * sums, 2),
+        "fused, gram": (streams, 3 + (N + 1) / 2),
+    }  # fmt: skip
     rows = []
     for name in peers:
         median = statistics.median(seconds[name])
-        cells = {"scan": name, "ms": f"{median * 1e3:.1f}", "G states/s": f"{elements / median / 1e9:.2f}"}
+        cells = {"scan": name, "ms": f"{median * 1e3:.1f}", "G states/s": f"{states / median / 1e9:.2f}"}
         for other in ("loop", "loop, h2", "stock"):
             cells[f"x {other}"] = f"{median_ratio(seconds[other], seconds[name]):.1f}"
-        if name in moved:
-            cells["MB moved"] = f"{moved[name] / 1e6:.0f}"
-            for label, rate in {"gap": "step", "gap exp": "exp"}.items():
-                cells[label] = f"{median / max(elements / rates[rate], moved[name] / rates['copy']):.2f}"
+        if name in bounds:
+            moved, added = bounds[name]
+            arithmetic = states / rates["step"] + channels / rates["edge"] + added * states / rates["fma"]
+            limit = max(arithmetic, moved / rates["copy"])
+            cells |= {"MB moved": f"{moved / 1e6:.0f}", "limit ms": f"{limit * 1e3:.1f}"}
+            cells |= {"gap": f"{median / limit:.2f}", "gap exp": f"{median * rates['exp'] / states:.2f}"}
         rows.append(cells)
     print(machine())
     print(f"B {B}, L {L}, D {D}, N {N}, float32; medians of {rounds} rounds\n")
     print(text_table(rows))
-    print(f"\nlimits: {rates['exp'] / 1e9:.2f} G exponentials/s (torch.exp {rates['torch.exp'] / 1e9:.2f}), "
-          f"{rates['step'] / 1e9:.2f} G steps of a state/s, "
-          f"{rates['copy'] / 1e9:.1f} GB/s")  # fmt: skip
+    print(f"\nlimits: {rates['exp'] / 1e9:.1f} G exponentials/s (torch.exp {rates['torch.exp'] / 1e9:.1f}), "
+          f"{rates['step'] / 1e9:.1f} G steps of a state/s, {rates['edge'] / 1e9:.1f} G edges of a channel/s, "
+          f"{rates['fma'] / 1e9:.0f} G products/s, {rates['copy'] / 1e9:.0f} GB/s")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -37,13 +37,19 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}; {versions}"
 
 
-def in_turn(peers: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each peer in each round; one call each to warm up, then all peers one after the other, round by round."""
+def in_turn(peers: Mapping[str, Callable[[], Any]], rounds: int, *, twice: bool = False) -> dict[str, list[float]]:
+    """Seconds of each peer in each round; one call each to warm up, then all peers one after the other, round by round.
+
+    twice: calls each peer twice in a round and counts the second time, when it has got back the memory that the one before
+        it gave away: for calls of a few milliseconds.
+    """
     for peer in peers.values():
         peer()
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     for _ in range(rounds):
         for name, peer in peers.items():
+            if twice:
+                peer()
             start = time.perf_counter()
             peer()
             seconds[name].append(time.perf_counter() - start)

@@ -193,54 +193,95 @@ def scale(typingctx, value, rounded):
 
 
 @intrinsic
-def prefetch(typingctx, array, index):
-    """Asks for the cache line of array[index], to be written soon."""
+def address(typingctx, array, index):
+    """Where array[index] is in memory."""
 
     def generate(context, builder, sig, args):
-        pointer = builder.bitcast(
-            _address(context, builder, sig.args[0], *args, lanes=False), ir.IntType(8).as_pointer()
-        )
-        flags = [ir.Constant(ir.IntType(32), value) for value in (1, 2, 1)]  # write, second level cache, data
+        pointer = _address(context, builder, sig.args[0], *args, lanes=False)
+        return builder.ptrtoint(pointer, ir.IntType(64))
+
+    return types.intp(array, types.intp), generate
+
+
+@intrinsic
+def prefetch(typingctx, at):
+    """Asks for the cache line of an address, soon to be used."""
+
+    def generate(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        flags = [ir.Constant(ir.IntType(32), value) for value in (0, 2, 1)]  # read, second level cache, data
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, *(flag.type for flag in flags)])
         builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [pointer, *flags])
         return context.get_dummy_value()
 
-    return types.void(array, types.intp), generate
+    return types.void(types.intp), generate
 
 
 @intrinsic
-def add_transposed(typingctx, sums, to, stride, tile, at):
-    """sums[to + i stride + k] += tile[at + k LANES + i] for i and k below 8, float64."""
+def transpose(typingctx, source, at, apart, target, to, between):
+    """target[to + i between + k] = source[at + k apart + i] for all lanes i and k below LANES."""
 
     def generate(context, builder, sig, args):
-        sums_type, _, _, tile_type, _ = sig.args
-        sums, to, stride, tile, at = args
-        eight = ir.VectorType(ir.DoubleType(), 8)
+        source_type, target_type = sig.args[0], sig.args[3]
+        source, at, apart, target, to, between = args
 
-        def pointer(array_type, array, index):
-            return builder.bitcast(_address(context, builder, array_type, array, index, lanes=False), eight.as_pointer())
+        def place(start, stride, k):
+            return builder.add(start, builder.mul(stride, ir.Constant(start.type, k)))
 
         rows = [
-            builder.load(pointer(tile_type, tile, builder.add(at, ir.Constant(at.type, k * LANES))), align=8)
-            for k in range(8)
+            builder.load(_address(context, builder, source_type, source, place(at, apart, k)), align=4)
+            for k in range(LANES)
         ]
-        for w in (1, 2, 4):  # swaps the off-diagonal blocks of all 2w x 2w blocks
-            low = [k if not k & w else k - w + 8 for k in range(8)]
-            high = [k + w if not k & w else k + 8 for k in range(8)]
-            for k in range(8):
+        for w in (1, 2, 4, 8):
+            low = [k if not k & w else k - w + LANES for k in range(LANES)]
+            high = [k + w if not k & w else k + LANES for k in range(LANES)]
+            for k in range(LANES):
                 if not k & w:
                     rows[k], rows[k + w] = (
                         builder.shuffle_vector(
-                            rows[k], rows[k + w], ir.Constant(ir.VectorType(ir.IntType(32), 8), order)
+                            rows[k], rows[k + w], ir.Constant(ir.VectorType(ir.IntType(32), LANES), order)
                         )
                         for order in (low, high)
                     )
         for i, row in enumerate(rows):
-            target = pointer(sums_type, sums, builder.add(to, builder.mul(stride, ir.Constant(to.type, i))))
-            builder.store(builder.fadd(builder.load(target, align=8), row), target, align=8)
+            builder.store(row, _address(context, builder, target_type, target, place(to, between, i)), align=4)
         return context.get_dummy_value()
 
-    return types.void(sums, types.intp, types.intp, tile, types.intp), generate
+    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), generate
+
+
+@intrinsic
+def add_transposed(typingctx, sums, to, stride, tile, at, apart):
+    """sums[to + i stride + k] += tile[at + k apart + i] for all lanes i and k below 8; sums are float64."""
+
+    def generate(context, builder, sig, args):
+        sums_type, _, _, tile_type, _, _ = sig.args
+        sums, to, stride, tile, at, apart = args
+        eight = ir.VectorType(ir.DoubleType(), 8)
+
+        def shuffle(a, b, order):
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order))
+
+        rows = []
+        for k in range(8):
+            place = builder.add(at, builder.mul(apart, ir.Constant(at.type, k)))
+            rows.append(builder.load(_address(context, builder, tile_type, tile, place), align=4))
+        for w in (1, 2, 4):  # swaps the off-diagonal blocks of all 2w x 2w blocks, in both halves of the lanes
+            low = [k if not k & w else k - w + LANES for k in range(LANES)]
+            high = [k + w if not k & w else k + LANES for k in range(LANES)]
+            for k in range(8):
+                if not k & w:
+                    rows[k], rows[k + w] = (shuffle(rows[k], rows[k + w], order) for order in (low, high))
+        for i in range(LANES):
+            half = shuffle(rows[i % 8], rows[i % 8], list(range(i // 8 * 8, i // 8 * 8 + 8)))
+            place = builder.add(to, builder.mul(stride, ir.Constant(to.type, i)))
+            target = builder.bitcast(
+                _address(context, builder, sums_type, sums, place, lanes=False), eight.as_pointer()
+            )
+            builder.store(builder.fadd(builder.load(target, align=8), builder.fpext(half, eight)), target, align=8)
+        return context.get_dummy_value()
+
+    return types.void(sums, types.intp, types.intp, tile, types.intp, types.intp), generate
 
 
 LOG2E = 1.4426950408889634
@@ -293,42 +334,8 @@ def silu(x):
 
 
 @njit(nogil=True)
-def add_tile(tile, sums, to, N, count):
-    """Adds a tile (N,LANES) to sums[to:] (count,N)."""
-    n8 = N // 8 * 8 if count == LANES else 0
-    for n in range(0, n8, 8):
-        add_transposed(sums, to + n, N, tile, n * LANES)
-        add_transposed(sums, to + n + 8 * N, N, tile, n * LANES + 8)
-    for lane in range(count):
-        for n in range(n8, N):
-            sums[to + lane * N + n] += tile[n * LANES + lane]
-
-
-@njit(nogil=True)
-def pair_at(i, j):
-    """Where the sums of products of states i >= j stand: in squares of 2 x 2, row after row of the lower triangle."""
-    return ((i // 2 * (i // 2 + 1) // 2 + j // 2) * 4 + i % 2 * 2 + j % 2) * LANES
-
-
-@njit(nogil=True)
-def add_products(values, at, length, rows, sums, to):
-    """sums += sum over the steps of values[i] values[j], for i >= j; values [step][n][lane], see `pair_at` for sums."""
-    for i in range(0, rows, 2):
-        for j in range(0, i + 1, 2):
-            s00 = fill(0.0)
-            s01 = fill(0.0)
-            s10 = fill(0.0)
-            s11 = fill(0.0)
-            for t in range(length):
-                k = at + t * rows * LANES
-                x0, x1 = load(values, k + i * LANES), load(values, k + (i + 1) * LANES)
-                y0, y1 = load(values, k + j * LANES), load(values, k + (j + 1) * LANES)
-                s00 = fma(x0, y0, s00)
-                s01 = fma(x0, y1, s01)
-                s10 = fma(x1, y0, s10)
-                s11 = fma(x1, y1, s11)
-            store(sums, to, load(sums, to) + double(s00))
-            store(sums, to + LANES, load(sums, to + LANES) + double(s01))
-            store(sums, to + 2 * LANES, load(sums, to + 2 * LANES) + double(s10))
-            store(sums, to + 3 * LANES, load(sums, to + 3 * LANES) + double(s11))
-            to += 4 * LANES
+def add_wide(values, sums, to):
+    """sums[to:] += values, whose length is a multiple of LANES and which are zero then; sums are float64."""
+    for i in range(0, values.size, LANES):
+        store(sums, to + i, load(sums, to + i) + double(load(values, i)))
+        store(values, i, fill(0.0))

@@ -173,7 +173,7 @@ def compare(kernel, values, needs=(), effect="zero", tolerance=2e-5):
 
 SHAPES = [
     (1, 1, 1, 1), (1, 2, 3, 1), (2, 1, 16, 16), (3, 17, 5, 16), (2, 33, 17, 5), (2, 16, 16, 12), (1, 47, 100, 3),
-    (5, 31, 33, 16), (1, 300, 8, 16), (2, 20, 31, 64), (9, 15, 48, 2), (1, 19, 1536, 16),
+    (5, 31, 33, 16), (1, 300, 8, 16), (2, 20, 31, 64), (9, 15, 48, 2), (17, 18, 40, 20), (1, 19, 1536, 16),
 ]  # fmt: skip
 # For CUDA: more samples than are summed at once, more states than a tile of products has, channels of several programs.
 CUDA_SHAPES = [(1, 1, 1, 1), (1, 2, 3, 1), (2, 7, 5, 16), (3, 9, 17, 5), (1, 23, 40, 3), (9, 3, 33, 2), (2, 4, 3, 20)]
