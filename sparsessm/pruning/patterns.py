@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from sparsessm.threads import for_each
 
 Pattern = Callable[[Tensor], Tensor]  # scores (...,rows,cols) -> bool mask of the same shape, True = pruned
 
@@ -25,7 +28,7 @@ def lowest(scores: Tensor, k: int) -> Tensor:
         return torch.full(scores.shape, k > 0, dtype=torch.bool, device=scores.device)
     if torch.isnan(scores).any():
         raise ValueError("scores hold NaN: there is no lowest to choose")
-    threshold = scores.kthvalue(k, dim=-1, keepdim=True).values
+    threshold = _kth_lowest(scores, k)
     chosen = scores <= threshold
     extra = chosen.sum(-1, dtype=torch.int64) > k
     if extra.any():  # more equals at the threshold than there is room for: the first of them in index order
@@ -34,6 +37,23 @@ def lowest(scores: Tensor, k: int) -> Tensor:
         room = k - below.sum(-1, keepdim=True)
         chosen[extra] = below | (tied & (tied.cumsum(-1) <= room))
     return chosen
+
+
+def _kth_lowest(scores: Tensor, k: int) -> Tensor:
+    """The k-th lowest of the last dimension, (...,1)."""
+    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
+        # several times as fast as torch's, which does not use the vectors of the processor
+        rows = scores.detach().reshape(-1, scores.shape[-1]).numpy()
+        found = np.empty((len(rows), 1), rows.dtype)
+
+        def select(part: slice) -> None:
+            found[part] = np.partition(rows[part], k - 1, axis=-1)[:, k - 1 : k]
+
+        threads = torch.get_num_threads()
+        size = max(1, -(-len(rows) // threads))
+        for_each(select, [slice(start, start + size) for start in range(0, len(rows), size)], threads)
+        return torch.from_numpy(found).view(*scores.shape[:-1], 1)
+    return scores.kthvalue(k, dim=-1, keepdim=True).values
 
 
 @dataclass(frozen=True)
