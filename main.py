@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 
 import sparsessm
-from sparsessm import checkpoint, checks, options, pipeline, ranks, saving, schedule, shedding, text
+from sparsessm import checkpoint, checks, memory, options, pipeline, ranks, saving, schedule, shedding, text
 from sparsessm.errors import InputError
 from sparsessm.evaluation import zero_shot
 from sparsessm.evaluation.perplexity import perplexity
@@ -48,6 +48,7 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
     Raises:
         InputError: for whatever the user can mend, before the model is loaded where that can be known.
     """
+    memory.keep_freed()
     device = _device(chosen.device)
     source = checkpoint.find(chosen.model)
     first, stop = checks.check_model(chosen, source.config)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from benchmarking import alone, machine, median_ratio, peak_memory, random_model
 from torch import Tensor, nn
 
+from sparsessm.memory import keep_freed
 from sparsessm.pipeline import TransitionPlan, prune_A_log
 from sparsessm.pruning.patterns import Unstructured
 from sparsessm.reporting.tables import text_table
@@ -77,6 +78,8 @@ def published(model: nn.Module, windows: Tensor) -> list[Tensor]:
 def measure(side: str, shape: str, layers: int, nsamples: int, seqlen: int, threads: int) -> dict[str, object]:
     """Seconds, peak bytes and masks of one side, on the same random weights and tokens."""
     torch.set_num_threads(threads)
+    if side != "published":
+        keep_freed()  # as the command does
     model = random_model(shape, layers, vocab=1024)
     windows = torch.randint(1024, (nsamples, seqlen), generator=torch.Generator().manual_seed(1))
     plan = TransitionPlan(Unstructured(0.5), saliency="a_log", aggregate="vote")

@@ -27,6 +27,7 @@ import torch
 from benchmarking import alone, machine, peak_memory, random_model
 
 from sparsessm import checkpoint, ranks
+from sparsessm.memory import keep_freed
 from sparsessm.pipeline import TransitionPlan, prune_A_log
 from sparsessm.pruning.patterns import Unstructured
 from sparsessm.reporting.tables import text_table
@@ -38,6 +39,7 @@ RESULT = "result "
 
 def prune(folder: str, nsamples: int, seqlen: int, offload: str, budget: int | None) -> dict[str, float]:
     """Loads the checkpoint and prunes it; of several processes the first reports."""
+    keep_freed()  # as the command does
     device = ranks.start(torch.device("cpu"))
     model = checkpoint.load(checkpoint.find(folder))
     windows = torch.randint(1024, (nsamples, seqlen), generator=torch.Generator().manual_seed(1))

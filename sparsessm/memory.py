@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import platform
 import tempfile
 from pathlib import Path
 
@@ -14,6 +16,21 @@ from sparsessm.errors import InputError
 
 # Share of the free memory that kept activations may take where --memory_budget says nothing.
 _FREE_SHARE = 0.4
+
+
+# What glibc's mallopt calls its settings, and their values here in bytes.
+_MALLOC_SETTINGS = {"M_MMAP_THRESHOLD": (-3, 64 << 20), "M_TRIM_THRESHOLD": (-1, 512 << 20)}
+
+
+def keep_freed() -> None:
+    """Lets the process keep tensors' memory for the next ones, up to 512 MiB, where the C library is glibc.
+
+    By default it gives back what is above 32 MiB or at the end of the heap, and the system clears it page by page when it
+    is asked for again: of pruning a layer on the CPU that is a tenth of the time.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        for setting, value in _MALLOC_SETTINGS.values():
+            ctypes.CDLL(None).mallopt(setting, value)
 
 
 def default_budget(device: torch.device) -> int:
