@@ -18,6 +18,9 @@ if not torch.cuda.is_available():
 
 from transformers import MambaConfig, MambaForCausalLM
 
+from sparsessm.options import Options
+from sparsessm.pipeline import prune_A_log, prune_weights
+from sparsessm.reporting.journal import Journal
 from sparsessm.walk import Stream
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -76,6 +79,22 @@ def embed():
         return Stream.embed(model, windows, device="cpu", offload="cpu", batch=batch)
 
     return make
+
+
+@pytest.fixture
+def prune(tiny_windows, embed):
+    """prune(model, what="prune_A" or "prune_layers", **options) prunes in place and returns the masks."""
+
+    def run(model, what, *, windows=None, first=0, stop=None, report=lambda *args, **figures: None, **chosen):
+        options = Options(model="-", dataset="-", **{what: True}, **chosen)
+        windows = tiny_windows(4, 24) if windows is None else windows
+        stop = len(model.backbone.layers) if stop is None else stop
+        rest = first, stop, report, Journal(None)
+        if what == "prune_A":
+            return prune_A_log(model, embed(model, windows), options.transition_plan(), *rest)
+        return prune_weights(model, lambda: embed(model, windows), options.weight_plan(), *rest)
+
+    return run
 
 
 @pytest.fixture(scope="session")
