@@ -284,6 +284,21 @@ def add_transposed(typingctx, sums, to, stride, tile, at, apart):
     return types.void(sums, types.intp, types.intp, tile, types.intp, types.intp), generate
 
 
+@njit(nogil=True)
+def take(array, index, width):
+    """`load`, of the first width lanes."""
+    return load(array, index) if width == LANES else load_part(array, index, width)
+
+
+@njit(nogil=True)
+def put(array, index, width, value):
+    """`store`, of the first width lanes."""
+    if width == LANES:  # stores of a part take many times as long
+        store(array, index, value)
+    else:
+        store_part(array, index, width, value)
+
+
 LOG2E = 1.4426950408889634
 LOG2E_REST = LOG2E - float(np.float32(LOG2E))
 ROUND = 12582912.0  # 1.5 2^23: adding it rounds to an integer, and leaves that in the low bits
@@ -330,7 +345,8 @@ def softplus(x):
 
 @njit(nogil=True)
 def silu(x):
-    return x / (fill(1.0) + exp(fill(0.0) - larger(x, fill(-88.0))))
+    x = larger(x, fill(-88.0))  # where it is -5e-37
+    return x / (fill(1.0) + exp(fill(0.0) - x))
 
 
 @njit(nogil=True)

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Sums over samples are kept in float64: each term is a float32 product, so the order in which samples (or processes)
-# arrive moves the sum by about 1e-16 and the float32 value read from it practically never.
+# Sums over samples are kept in float64: each term is a float32 product, or a float32 sum of the products of a few samples
+# of a batch, so the order in which batches (or processes) arrive moves the sum by about 1e-16 and the float32 value read
+# from it practically never.
 SUM_DTYPE = torch.float64
 
 EFFECTS = ("zero", "unit", "removed")

@@ -24,13 +24,13 @@ from sparsessm.model.lanes import (
     fill_from,
     fma,
     load,
-    load_part,
     power,
     prefetch,
+    put,
     silu,
     softplus,
     store,
-    store_part,
+    take,
     transpose,
 )
 
@@ -178,20 +178,15 @@ def _prepare(at, strides, u, delta, z, bias, skip, with_softplus, with_gate, dts
     sample, c, width, start, length = at
     for t in range(length):
         time, to = start + t, t * LANES
-        x = _take(u, sample * strides[0, 0] + time * strides[0, 1] + c, width)
-        dt = _take(delta, sample * strides[1, 0] + time * strides[1, 1] + c, width) + bias
+        x = take(u, sample * strides[0, 0] + time * strides[0, 1] + c, width)
+        dt = take(delta, sample * strides[1, 0] + time * strides[1, 1] + c, width) + bias
         if with_softplus:
             dt = softplus(dt)
         store(dts, to, dt)
         store(dtxs, to, dt * x)
         store(outs, to, skip * x)
         if with_gate:
-            store(gates, to, silu(_take(z, sample * strides[2, 0] + time * strides[2, 1] + c, width)))
-
-
-@njit(nogil=True)
-def _take(array, index, width):
-    return load(array, index) if width == LANES else load_part(array, index, width)
+            store(gates, to, silu(take(z, sample * strides[2, 0] + time * strides[2, 1] + c, width)))
 
 
 @njit(nogil=True)
@@ -200,11 +195,7 @@ def _put_out(at, strides, y, outs, gates):
     sample, c, width, start, length = at
     for t in range(length):
         to = sample * strides[0] + (start + t) * strides[1] + c
-        out = load(outs, t * LANES) * load(gates, t * LANES)
-        if width == LANES:  # stores of a part take many times as long
-            store(y, to, out)
-        else:
-            store_part(y, to, width, out)
+        put(y, to, width, load(outs, t * LANES) * load(gates, t * LANES))
 
 
 @njit(nogil=True)
