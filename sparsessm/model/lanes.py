@@ -285,6 +285,14 @@ def add_transposed(typingctx, sums, to, stride, tile, at, apart):
 
 
 @njit(nogil=True)
+def floats(size):
+    """Float32 zeros from the beginning of a cache line on: vectors across two lines take twice as long."""
+    whole = np.zeros(size + LANES, np.float32)
+    first = -address(whole, 0) // 4 % LANES
+    return whole[first : first + size]
+
+
+@njit(nogil=True)
 def take(array, index, width):
     """`load`, of the first width lanes."""
     return load(array, index) if width == LANES else load_part(array, index, width)

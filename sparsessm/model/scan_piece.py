@@ -22,6 +22,7 @@ from sparsessm.model.lanes import (
     exp,
     fill,
     fill_from,
+    floats,
     fma,
     load,
     power,
@@ -59,32 +60,34 @@ def scan_piece(
     with_twin = twin.size > 0
 
     # Channels into lanes: a [group][n][lane], states [sample][group][n][lane].
-    a = np.zeros(groups * rows * LANES, np.float32)
-    skips, biases = np.zeros(groups * LANES, np.float32), np.zeros(groups * LANES, np.float32)
+    a = floats(groups * rows * LANES)
+    skips, biases = floats(groups * LANES), floats(groups * LANES)
     for c in range(last_channel - first_channel):
         d, g, lane = first_channel + c, c // LANES, c % LANES
         skips[c], biases[c] = skip[d], bias[d]
         for n in range(N):
             a[(g * rows + n) * LANES + lane] = A[d * N + n]
-    hs = np.zeros((last_sample - first_sample) * a.size, np.float32)
+    hs = floats((last_sample - first_sample) * a.size)
     _exchange(state, hs, piece, D, N, True)
-    twins = np.zeros(hs.size if with_twin else 0, np.float32)
+    twins = floats(hs.size if with_twin else 0)
     if with_twin:
         _exchange(twin, twins, piece, D, N, True)
 
     # Of one group and sample during CHUNK time steps: [step][lane].
-    dts, dtxs = np.empty(CHUNK * LANES, np.float32), np.empty(CHUNK * LANES, np.float32)
-    gates, outs = np.ones(CHUNK * LANES, np.float32), np.empty(CHUNK * LANES, np.float32)
-    decays = np.empty(CHUNK * LANES if with_twin else 0, np.float32)
+    dts, dtxs = floats(CHUNK * LANES), floats(CHUNK * LANES)
+    gates, outs = floats(CHUNK * LANES), floats(CHUNK * LANES)
+    gates[:] = 1  # where there is none
+    decays = floats(CHUNK * LANES if with_twin else 0)
     # Of one group and all samples: [n][step][lane]; what one sample gives to products of states: [step][n][lane].
-    h2_tile = np.zeros(rows * CHUNK * LANES if with_h2 else 0, np.float32)
-    abar_tile = np.zeros(rows * CHUNK * LANES if with_abar else 0, np.float32)
-    entered = np.empty(rows * CHUNK * LANES if with_hh else 0, np.float32)
-    lost = np.empty(rows * CHUNK * LANES if with_gram else 0, np.float32)
+    h2_tile = floats(rows * CHUNK * LANES if with_h2 else 0)
+    # not as far into a page as the other tile: a processor tells loads from stores by that at first
+    abar_tile = floats((rows * CHUNK * LANES if with_abar else 0) + 8 * LANES)[8 * LANES :]
+    entered = floats(rows * CHUNK * LANES if with_hh else 0)
+    lost = floats(rows * CHUNK * LANES if with_gram else 0)
     pairs = rows // 4 * (rows // 4 + 1) // 2 * 16 * LANES
-    hh_tile, hh_sums = np.zeros(pairs if with_hh else 0, np.float32), np.zeros(pairs if with_hh else 0)
-    gram_tile, gram_sums = np.zeros(pairs if with_gram else 0, np.float32), np.zeros(groups * pairs if with_gram else 0)
-    Bs, Cs = np.zeros(batch * CHUNK * rows, np.float32), np.zeros(batch * CHUNK * rows, np.float32)
+    hh_tile, hh_sums = floats(pairs if with_hh else 0), np.zeros(pairs if with_hh else 0)
+    gram_tile, gram_sums = floats(pairs if with_gram else 0), np.zeros(groups * pairs if with_gram else 0)
+    Bs, Cs = floats(batch * CHUNK * rows), floats(batch * CHUNK * rows)
     ahead = np.zeros((6, 2), np.int64)  # addresses to ask for, and how far apart in bytes they are for two steps
 
     for start in range(0, steps, CHUNK):
