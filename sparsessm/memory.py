@@ -19,11 +19,11 @@ _FREE_SHARE = 0.4
 
 
 # What glibc's mallopt calls its settings, and their values here in bytes.
-_MALLOC_SETTINGS = {"M_MMAP_THRESHOLD": (-3, 64 << 20), "M_TRIM_THRESHOLD": (-1, 512 << 20)}
+_MALLOC_SETTINGS = {"M_MMAP_THRESHOLD": (-3, 64 << 20), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
 
 
 def keep_freed() -> None:
-    """Lets the process keep tensors' memory for the next ones, up to 512 MiB, where the C library is glibc.
+    """Lets the process keep tensors' memory for the next ones, up to 2 GiB, where the C library is glibc.
 
     By default it gives back what is above 32 MiB or at the end of the heap, and the system clears it page by page when it
     is asked for again: of pruning a layer on the CPU that is a tenth of the time.

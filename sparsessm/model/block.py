@@ -144,8 +144,8 @@ def causal_conv(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     steps = padded.shape[1] - (K - 1)
     out = padded[:, :steps] * weight[:, 0, 0]
     for k in range(1, K):
-        out = torch.addcmul(out, padded[:, k : k + steps], weight[:, 0, k])
-    return out if bias is None else out + bias
+        out.addcmul_(padded[:, k : k + steps], weight[:, 0, k])
+    return out if bias is None else out.add_(bias)
 
 
 def prune_transitions(block: nn.Module, mask: Tensor, transition: str) -> None:

@@ -26,7 +26,7 @@ def lowest(scores: Tensor, k: int) -> Tensor:
     size = scores.shape[-1]
     if k <= 0 or k >= size:
         return torch.full(scores.shape, k > 0, dtype=torch.bool, device=scores.device)
-    if torch.isnan(scores).any():
+    if scores.numel() and torch.isnan(scores.amax()):  # which is NaN where any is
         raise ValueError("scores hold NaN: there is no lowest to choose")
     threshold = _kth_lowest(scores, k)
     chosen = scores <= threshold
