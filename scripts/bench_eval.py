@@ -16,12 +16,19 @@ import statistics
 import benchmarking
 import torch
 import torch.nn.functional as F
-from benchmarking import SHAPES, in_turn, machine, median_ratio, random_model
+from benchmarking import (
+    SHAPES,
+    in_turn,
+    machine,
+    matrix_products,
+    median_ratio,
+    projection_operations,
+    random_model,
+)
 from torch import Tensor
 
 from sparsessm.evaluation.perplexity import perplexity
-from sparsessm.model.block import MODULES
-from sparsessm.model.matmul import linear
+from sparsessm.memory import keep_freed
 from sparsessm.reporting.tables import text_table
 
 
@@ -35,10 +42,11 @@ def stock(model: torch.nn.Module, windows: Tensor) -> float:
 def bench(*, shape: str, layers: int, batch: int, seqlen: int, threads: int, rounds: int) -> None:
     """Prints the table."""
     torch.set_num_threads(threads)
+    keep_freed()  # as the command does; the other side gains by it as well
     model = random_model(shape, layers)
     windows = torch.randint(model.config.vocab_size, (batch, seqlen), generator=torch.Generator().manual_seed(1))
-    d_model, tokens = SHAPES[shape][0], batch * seqlen
-    x, weight = torch.randn(1024, d_model), torch.randn(4 * d_model, d_model)
+    tokens = batch * seqlen
+    products, operations = matrix_products(SHAPES[shape][0])
     found: dict[str, float] = {}
 
     def here() -> None:
@@ -47,15 +55,9 @@ def bench(*, shape: str, layers: int, batch: int, seqlen: int, threads: int, rou
     def there() -> None:
         found["stock"] = stock(model, windows)
 
-    def products() -> None:
-        for _ in range(20):
-            linear(x, weight)
-
     seconds = in_turn({"here": here, "stock": there, "products": products}, rounds)
-    mixer = model.backbone.layers[0].mixer
-    weights = sum(mixer.get_submodule(name).weight.numel() for name in MODULES if name != "conv1d")
-    flops = 2 * tokens * (layers * weights + model.lm_head.weight.numel())
-    rate = 20 * 2 * 1024 * d_model * 4 * d_model / statistics.median(seconds["products"])
+    flops = tokens * (layers * projection_operations(model.backbone.layers[0]) + 2 * model.lm_head.weight.numel())
+    rate = operations / statistics.median(seconds["products"])
     print(machine())
     print(f"{shape}, {layers} layers, {batch} windows of {seqlen}, float32; medians of {rounds} rounds\n")
     print(text_table([

@@ -8,7 +8,8 @@ with one topk per time step, and then sends all samples through the pruned layer
 random weights by the same formula at 50 %; the share of entries on which their masks agree is printed (the published
 running sum weighs sample k by k; here it is plain, so that the masks can be compared). Each measurement is a process of
 its own: seconds are those of pruning alone, memory is the peak of the process less what it held before. `lean` is the same
-command with --memory_budget 0: nothing is kept between the two passes over a layer.
+command with --memory_budget 0: nothing is kept between the two passes over a layer. The limit is what the machine takes for
+the projections and the exponentials alone, at rates measured on the spot.
 """
 
 from __future__ import annotations
@@ -20,7 +21,18 @@ import time
 import benchmarking
 import torch
 import torch.nn.functional as F
-from benchmarking import alone, machine, median_ratio, peak_memory, random_model
+from benchmarking import (
+    SHAPES,
+    alone,
+    in_turn,
+    machine,
+    matrix_products,
+    median_ratio,
+    peak_memory,
+    projection_operations,
+    random_model,
+)
+from bench_scan import limits
 from torch import Tensor, nn
 
 from sparsessm.memory import keep_freed
@@ -117,9 +129,17 @@ def bench(*, shape: str, layers: int, nsamples: int, seqlen: int, threads: int, 
     pairs = zip(runs["here"][0]["masks"], runs["published"][0]["masks"], strict=True)
     agree = statistics.mean(float((a == b).mean()) for a, b in pairs)
     print(f"\nmasks agree on {agree:.3%} of the entries")
+    products, operations = matrix_products(SHAPES[shape][0])
+    exponentials, count = limits(threads)["exp"]
+    found = in_turn({"products": products, "exponentials": exponentials}, 5)
+    rate, exp_rate = operations / statistics.median(found["products"]), count / statistics.median(found["exponentials"])
+    block = random_model(shape, 1, vocab=1024).backbone.layers[0]
+    limit = tokens * (projection_operations(block) / rate + 2 * block.mixer.A_log.numel() / exp_rate)
     for side in ("here", "lean"):
         ratio, share = median_ratio(seconds["published"], seconds[side]), peak[side] / peak["published"]
         print(f"{side}: {ratio:.1f} times faster than published, {share:.2f} of its memory")
+    print(f"limit: once through all projections at {rate / 1e9:.0f} GFLOP/s, twice through the scan at {exp_rate / 1e9:.0f} G "
+          f"exponentials/s: {1e6 * limit / tokens:.1f} us; gap {statistics.median(seconds['here']) / limit:.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":

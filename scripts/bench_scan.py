@@ -25,6 +25,7 @@ from benchmarking import SHAPES, in_turn, machine, median_ratio
 from numba import njit
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
+from sparsessm.memory import keep_freed
 from sparsessm.model.lanes import LANES, fill, fma, load, power, silu, softplus, store
 from sparsessm.model.scan import ScanMoments, force_kernel, selective_scan, selective_scan_ref
 from sparsessm.threads import for_each
@@ -132,6 +133,7 @@ def limits(threads: int) -> dict[str, tuple[Callable[[], object], int]]:
 def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, rounds: int) -> None:
     """Prints the tables."""
     torch.set_num_threads(threads)
+    keep_freed()  # as the command does
     B, L, D, N = batch, steps, 2 * SHAPES[shape][0], states
     values = scan_inputs(B, L, D, N)
     fused = partial(selective_scan, **values, delta_softplus=True)

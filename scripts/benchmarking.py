@@ -17,7 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from torch import nn  # noqa: E402
 from transformers import MambaConfig, MambaForCausalLM  # noqa: E402
+
+from sparsessm.model.block import MODULES  # noqa: E402
+from sparsessm.model.matmul import linear  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -67,6 +71,22 @@ def random_model(shape: str, layers: int, *, vocab: int = 50280, seed: int = 0) 
     torch.manual_seed(seed)
     config = MambaConfig(hidden_size=d_model, num_hidden_layers=layers, vocab_size=vocab, time_step_rank=-(-d_model // 16))
     return MambaForCausalLM(config).eval().requires_grad_(False)
+
+
+def matrix_products(d_model: int) -> tuple[Callable[[], None], int]:
+    """Some products of the size of in_proj for 1024 tokens, and their floating point operations: for the matrix rate."""
+    x, weight = torch.randn(1024, d_model), torch.randn(4 * d_model, d_model)
+
+    def products() -> None:
+        for _ in range(20):
+            linear(x, weight)
+
+    return products, 20 * 2 * 1024 * d_model * 4 * d_model
+
+
+def projection_operations(block: nn.Module) -> int:
+    """Floating point operations of the projections of a block, for each token."""
+    return 2 * sum(block.mixer.get_submodule(name).weight.numel() for name in MODULES if name != "conv1d")
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
