@@ -2,7 +2,8 @@
 
     bash scripts/gpu_check.sh
 
-Needs torch with CUDA and triton, no other package; mamba-ssm is timed where it is installed. Exit code 0 if every check
+Needs torch with CUDA and triton, no other package; mamba-ssm is timed where it is installed, and whether causal-conv1d
+serves the convolution is said. Exit code 0 if every check
 passed, 1 if one did not, 2 where there is no GPU or no triton.
 
 Times are medians of events on the GPU, its cache emptied before each; those of mamba-ssm hold the copies that its
@@ -148,11 +149,13 @@ def copy_bandwidth() -> float:
 
 def time_all(dtype: torch.dtype) -> None:
     """Prints the table of times for inputs of a dtype."""
-    from sparsessm.model import scan_cuda
+    from sparsessm.model import conv_cuda, scan_cuda
 
     copy = copy_bandwidth()
     theirs = scan_cuda.mamba_ssm_scan("cuda", dtype)
-    print(f"\n{str(dtype)[6:]}, B {BATCH}, N 16; a copy has {copy:.0f} GB/s; {'with' if theirs else 'no'} mamba-ssm")
+    packages = {"mamba-ssm": theirs, "causal-conv1d": conv_cuda.causal_conv1d("cuda", dtype)}
+    served = ", ".join(f"{'with' if found else 'no'} {name}" for name, found in packages.items())
+    print(f"\n{str(dtype)[6:]}, B {BATCH}, N 16; a copy has {copy:.0f} GB/s; {served}")
     print("     model     L     sums        ms   GB/s of copy  torch loop ms  mamba-ssm ms")
     for (model, D), L in ((pair, L) for pair in MODELS.items() for L in LENGTHS):
         values = draw((BATCH, L, D, 16), dtype, "cuda")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsessm.model.conv_cuda import causal_conv_silu
 from sparsessm.model.matmul import linear
 from sparsessm.model.scan import ScanMoments, selective_scan
 
@@ -94,7 +95,7 @@ def scan_inputs(
     before = u.new_zeros(u.shape[0], K - 1, D) if conv is None else conv
     padded = torch.cat([before, u], dim=1)  # (B,K-1+L,D)
     _show(taps, "conv1d", padded)
-    u = mixer.act(causal_conv(padded, mixer.conv1d.weight, mixer.conv1d.bias))
+    u = _convolve(mixer, padded)
     _show(taps, "x_proj", u)
     projected = _apply(mixer.x_proj, u)  # (B,L,R+2N)
     _show(taps, "dt_proj", projected[..., : mixer.dt_proj.weight.shape[1]])
@@ -133,6 +134,16 @@ def output(block: nn.Module, hidden: Tensor, y: Tensor, taps: Taps | None = None
 
 def _apply(module: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, module.weight, module.bias)
+
+
+def _convolve(mixer: nn.Module, padded: Tensor) -> Tensor:
+    """The convolution and its activation: (B,K-1+L,D) -> (B,L,D)."""
+    weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
+    if padded.is_cuda and mixer.activation == "silu":
+        out = causal_conv_silu(padded, weight, bias)
+        if out is not None:
+            return out
+    return mixer.act(causal_conv(padded, weight, bias))
 
 
 def causal_conv(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

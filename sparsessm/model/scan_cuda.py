@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from sparsessm.model import triton_kernels as kernels
+from sparsessm.model.peers import agrees, first_line
 from sparsessm.model.scan import EFFECTS, SUM_DTYPE, ScanMoments, selective_scan_ref
 
 # Samples whose states a program keeps side by side to sum over them; more go through one launch after the other.
@@ -160,7 +161,7 @@ def _triton_works(device: torch.device) -> bool:
     try:
         scan_by_triton(ones, ones, -ones[0, :1], ones, ones)
     except Exception as error:  # whatever it may be: there is a slow scan that works
-        warnings.warn(f"triton does not work here, the slow scan takes its place: {_first_line(error)}", stacklevel=3)
+        warnings.warn(f"triton does not work here, the slow scan takes its place: {first_line(error)}", stacklevel=3)
         return False
     return True
 
@@ -186,17 +187,9 @@ def proves_right(theirs: Callable, device: str, dtype: torch.dtype) -> bool:
     A, D, bias = (torch.randn(shape, generator=generator).to(device) for shape in ((24, 6), (24,), (24,)))
     values = (u, delta, -A.exp(), B, C, D, z, bias, True)
     ours = scan_by_triton(*values)
-    fault = "its values are not ours"
-    try:
-        for x, y, rounding in zip(scan_by_mamba_ssm(theirs, *values), ours, (torch.finfo(dtype).eps, 0.0), strict=True):
-            if x.shape != y.shape or not (x - y).abs().max() <= (1e-4 + rounding) * y.abs().max():
-                break
-        else:
-            return True
-    except Exception as error:  # whatever it may be: there is a kernel that works
-        fault = _first_line(error)
-    warnings.warn(f"mamba-ssm is installed but does not serve the scan: {fault}", stacklevel=2)
-    return False
+    return agrees(
+        "mamba-ssm", "the scan", lambda: scan_by_mamba_ssm(theirs, *values), ours, (torch.finfo(dtype).eps, 0.0)
+    )
 
 
 def scan_by_mamba_ssm(theirs, u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
@@ -206,7 +199,3 @@ def scan_by_mamba_ssm(theirs, u, delta, A, B, C, D, z, delta_bias, delta_softplu
     D, bias = (None if x is None else _flat(x) for x in (D, delta_bias))
     y, state = theirs(u, delta, _flat(A), B, C, D, z, bias, delta_softplus, True)
     return y.transpose(1, 2).contiguous(), state.contiguous()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
