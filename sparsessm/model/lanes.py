@@ -217,6 +217,31 @@ def prefetch(typingctx, at):
     return types.void(types.intp), generate
 
 
+def _shuffle(builder, a, b, order):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order))
+
+
+def _load_transposed(context, builder, array_type, array, at, apart, count):
+    """Vectors at array[at + k apart] for k < count, of which each square of count lanes is transposed."""
+    rows = [
+        builder.load(_address(context, builder, array_type, array, _place(builder, at, apart, k)), align=4)
+        for k in range(count)
+    ]
+    w = 1
+    while w < count:  # swaps the off-diagonal blocks of all 2w x 2w blocks
+        low = [k if not k & w else k - w + LANES for k in range(LANES)]
+        high = [k + w if not k & w else k + LANES for k in range(LANES)]
+        for k in range(count):
+            if not k & w:
+                rows[k], rows[k + w] = (_shuffle(builder, rows[k], rows[k + w], order) for order in (low, high))
+        w *= 2
+    return rows
+
+
+def _place(builder, start, apart, k):
+    return builder.add(start, builder.mul(apart, ir.Constant(start.type, k)))
+
+
 @intrinsic
 def transpose(typingctx, source, at, apart, target, to, between):
     """target[to + i between + k] = source[at + k apart + i] for all lanes i and k below LANES."""
@@ -224,27 +249,8 @@ def transpose(typingctx, source, at, apart, target, to, between):
     def generate(context, builder, sig, args):
         source_type, target_type = sig.args[0], sig.args[3]
         source, at, apart, target, to, between = args
-
-        def place(start, stride, k):
-            return builder.add(start, builder.mul(stride, ir.Constant(start.type, k)))
-
-        rows = [
-            builder.load(_address(context, builder, source_type, source, place(at, apart, k)), align=4)
-            for k in range(LANES)
-        ]
-        for w in (1, 2, 4, 8):
-            low = [k if not k & w else k - w + LANES for k in range(LANES)]
-            high = [k + w if not k & w else k + LANES for k in range(LANES)]
-            for k in range(LANES):
-                if not k & w:
-                    rows[k], rows[k + w] = (
-                        builder.shuffle_vector(
-                            rows[k], rows[k + w], ir.Constant(ir.VectorType(ir.IntType(32), LANES), order)
-                        )
-                        for order in (low, high)
-                    )
-        for i, row in enumerate(rows):
-            builder.store(row, _address(context, builder, target_type, target, place(to, between, i)), align=4)
+        for i, row in enumerate(_load_transposed(context, builder, source_type, source, at, apart, LANES)):
+            builder.store(row, _address(context, builder, target_type, target, _place(builder, to, between, i)), align=4)
         return context.get_dummy_value()
 
     return types.void(source, types.intp, types.intp, target, types.intp, types.intp), generate
@@ -258,26 +264,11 @@ def add_transposed(typingctx, sums, to, stride, tile, at, apart):
         sums_type, _, _, tile_type, _, _ = sig.args
         sums, to, stride, tile, at, apart = args
         eight = ir.VectorType(ir.DoubleType(), 8)
-
-        def shuffle(a, b, order):
-            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order))
-
-        rows = []
-        for k in range(8):
-            place = builder.add(at, builder.mul(apart, ir.Constant(at.type, k)))
-            rows.append(builder.load(_address(context, builder, tile_type, tile, place), align=4))
-        for w in (1, 2, 4):  # swaps the off-diagonal blocks of all 2w x 2w blocks, in both halves of the lanes
-            low = [k if not k & w else k - w + LANES for k in range(LANES)]
-            high = [k + w if not k & w else k + LANES for k in range(LANES)]
-            for k in range(8):
-                if not k & w:
-                    rows[k], rows[k + w] = (shuffle(rows[k], rows[k + w], order) for order in (low, high))
+        rows = _load_transposed(context, builder, tile_type, tile, at, apart, 8)
         for i in range(LANES):
-            half = shuffle(rows[i % 8], rows[i % 8], list(range(i // 8 * 8, i // 8 * 8 + 8)))
-            place = builder.add(to, builder.mul(stride, ir.Constant(to.type, i)))
-            target = builder.bitcast(
-                _address(context, builder, sums_type, sums, place, lanes=False), eight.as_pointer()
-            )
+            half = _shuffle(builder, rows[i % 8], rows[i % 8], list(range(i // 8 * 8, i // 8 * 8 + 8)))
+            place = _address(context, builder, sums_type, sums, _place(builder, to, stride, i), lanes=False)
+            target = builder.bitcast(place, eight.as_pointer())
             builder.store(builder.fadd(builder.load(target, align=8), builder.fpext(half, eight)), target, align=8)
         return context.get_dummy_value()
 

@@ -229,10 +229,8 @@ def _advance(
         m = n * LANES
         soon, h2_soon, abar_soon = ahead[n // 4 % 4, 0], ahead[4, 0] + n * 16, ahead[5, 0] + n * 16
         apart, sums_apart = ahead[n // 4 % 4, 1], ahead[4 if with_h2 else 5, 1]
-        a0, a1 = load(a, a_at + m), load(a, a_at + m + LANES)
-        a2, a3 = load(a, a_at + m + 2 * LANES), load(a, a_at + m + 3 * LANES)
-        h0, h1 = load(hs, h_at + m), load(hs, h_at + m + LANES)
-        h2_, h3 = load(hs, h_at + m + 2 * LANES), load(hs, h_at + m + 3 * LANES)
+        a0, a1, a2, a3 = _load_row(a, a_at + m)
+        s0, s1, s2, s3 = _load_row(hs, h_at + m)
         for t in range(length):
             i, j, k, p = t * LANES, n * step + t * LANES, bc + t * rows + n, (t * rows + n) * LANES
             prefetch(soon + t * apart)
@@ -240,10 +238,10 @@ def _advance(
             e0, e1, e2, e3 = power(dt, a0), power(dt, a1), power(dt, a2), power(dt, a3)
             if with_h2:
                 prefetch(h2_soon + t * sums_apart)
-                store(h2, j, fma(h0, h0, load(h2, j)))
-                store(h2, j + step, fma(h1, h1, load(h2, j + step)))
-                store(h2, j + 2 * step, fma(h2_, h2_, load(h2, j + 2 * step)))
-                store(h2, j + 3 * step, fma(h3, h3, load(h2, j + 3 * step)))
+                store(h2, j, fma(s0, s0, load(h2, j)))
+                store(h2, j + step, fma(s1, s1, load(h2, j + step)))
+                store(h2, j + 2 * step, fma(s2, s2, load(h2, j + 2 * step)))
+                store(h2, j + 3 * step, fma(s3, s3, load(h2, j + 3 * step)))
             if with_abar:
                 prefetch(abar_soon + t * sums_apart)
                 store(abar, j, e0 + load(abar, j))
@@ -251,29 +249,20 @@ def _advance(
                 store(abar, j + 2 * step, e2 + load(abar, j + 2 * step))
                 store(abar, j + 3 * step, e3 + load(abar, j + 3 * step))
             if with_hh:
-                store(entered, p, h0)
-                store(entered, p + LANES, h1)
-                store(entered, p + 2 * LANES, h2_)
-                store(entered, p + 3 * LANES, h3)
-            m0, m1, m2, m3 = e0 * h0, e1 * h1, e2 * h2_, e3 * h3
-            h0 = fma(e0, h0, dtx * fill_from(Bs, k))
-            h1 = fma(e1, h1, dtx * fill_from(Bs, k + 1))
-            h2_ = fma(e2, h2_, dtx * fill_from(Bs, k + 2))
-            h3 = fma(e3, h3, dtx * fill_from(Bs, k + 3))
+                _store_row(entered, p, s0, s1, s2, s3)
+            m0, m1, m2, m3 = e0 * s0, e1 * s1, e2 * s2, e3 * s3
+            s0 = fma(e0, s0, dtx * fill_from(Bs, k))
+            s1 = fma(e1, s1, dtx * fill_from(Bs, k + 1))
+            s2 = fma(e2, s2, dtx * fill_from(Bs, k + 2))
+            s3 = fma(e3, s3, dtx * fill_from(Bs, k + 3))
             c0, c1, c2, c3 = fill_from(Cs, k), fill_from(Cs, k + 1), fill_from(Cs, k + 2), fill_from(Cs, k + 3)
-            store(outs, i, fma(c3, h3, fma(c2, h2_, fma(c1, h1, fma(c0, h0, load(outs, i))))))
+            store(outs, i, fma(c3, s3, fma(c2, s2, fma(c1, s1, fma(c0, s0, load(outs, i))))))
             if with_gram:
                 gate = load(gates, i)
                 if effect != EFFECT_ZERO:
-                    m0, m1, m2, m3 = h0, h1, h2_, h3
-                store(lost, p, m0 * (c0 * gate))
-                store(lost, p + LANES, m1 * (c1 * gate))
-                store(lost, p + 2 * LANES, m2 * (c2 * gate))
-                store(lost, p + 3 * LANES, m3 * (c3 * gate))
-        store(hs, h_at + m, h0)
-        store(hs, h_at + m + LANES, h1)
-        store(hs, h_at + m + 2 * LANES, h2_)
-        store(hs, h_at + m + 3 * LANES, h3)
+                    m0, m1, m2, m3 = s0, s1, s2, s3
+                _store_row(lost, p, m0 * (c0 * gate), m1 * (c1 * gate), m2 * (c2 * gate), m3 * (c3 * gate))
+        _store_row(hs, h_at + m, s0, s1, s2, s3)
 
 
 @njit(nogil=True)
@@ -321,14 +310,14 @@ def _add_products(values, length, rows, sums):
 
 @njit(nogil=True)
 def _add_square(values, i, j, length, rows, sums, to):
-    s00, s01, s02, s03 = load(sums, to), load(sums, to + 16), load(sums, to + 32), load(sums, to + 48)
-    s10, s11, s12, s13 = load(sums, to + 64), load(sums, to + 80), load(sums, to + 96), load(sums, to + 112)
-    s20, s21, s22, s23 = load(sums, to + 128), load(sums, to + 144), load(sums, to + 160), load(sums, to + 176)
-    s30, s31, s32, s33 = load(sums, to + 192), load(sums, to + 208), load(sums, to + 224), load(sums, to + 240)
+    s00, s01, s02, s03 = _load_row(sums, to)
+    s10, s11, s12, s13 = _load_row(sums, to + 64)
+    s20, s21, s22, s23 = _load_row(sums, to + 128)
+    s30, s31, s32, s33 = _load_row(sums, to + 192)
     for t in range(length):
         p, q = (t * rows + i) * LANES, (t * rows + j) * LANES
-        x0, x1, x2, x3 = load(values, p), load(values, p + 16), load(values, p + 32), load(values, p + 48)
-        y0, y1, y2, y3 = load(values, q), load(values, q + 16), load(values, q + 32), load(values, q + 48)
+        x0, x1, x2, x3 = _load_row(values, p)
+        y0, y1, y2, y3 = _load_row(values, q)
         s00, s01, s02, s03 = fma(x0, y0, s00), fma(x0, y1, s01), fma(x0, y2, s02), fma(x0, y3, s03)
         s10, s11, s12, s13 = fma(x1, y0, s10), fma(x1, y1, s11), fma(x1, y2, s12), fma(x1, y3, s13)
         s20, s21, s22, s23 = fma(x2, y0, s20), fma(x2, y1, s21), fma(x2, y2, s22), fma(x2, y3, s23)
@@ -344,10 +333,10 @@ def _add_triangle(values, i, length, rows, sums, to):
     s00 = load(sums, to)
     s10, s11 = load(sums, to + 64), load(sums, to + 80)
     s20, s21, s22 = load(sums, to + 128), load(sums, to + 144), load(sums, to + 160)
-    s30, s31, s32, s33 = load(sums, to + 192), load(sums, to + 208), load(sums, to + 224), load(sums, to + 240)
+    s30, s31, s32, s33 = _load_row(sums, to + 192)
     for t in range(length):
         p = (t * rows + i) * LANES
-        x0, x1, x2, x3 = load(values, p), load(values, p + 16), load(values, p + 32), load(values, p + 48)
+        x0, x1, x2, x3 = _load_row(values, p)
         s00 = fma(x0, x0, s00)
         s10, s11 = fma(x1, x0, s10), fma(x1, x1, s11)
         s20, s21, s22 = fma(x2, x0, s20), fma(x2, x1, s21), fma(x2, x2, s22)
@@ -359,6 +348,12 @@ def _add_triangle(values, i, length, rows, sums, to):
     store(sums, to + 144, s21)
     store(sums, to + 160, s22)
     _store_row(sums, to + 192, s30, s31, s32, s33)
+
+
+@njit(nogil=True)
+def _load_row(array, at):
+    """Four vectors that lie side by side."""
+    return load(array, at), load(array, at + LANES), load(array, at + 2 * LANES), load(array, at + 3 * LANES)
 
 
 @njit(nogil=True)
