@@ -17,7 +17,6 @@ from sparsessm.errors import InputError
 # Share of the free memory that kept activations may take where --memory_budget says nothing.
 _FREE_SHARE = 0.4
 
-
 # What glibc's mallopt calls its settings, and their values here in bytes.
 _MALLOC_SETTINGS = {"M_MMAP_THRESHOLD": (-3, 64 << 20), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
 

@@ -103,13 +103,10 @@ class _Carries:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._parts: list[Tensor | DiskTensor] = []
-        self._begun: set[int] = set()  # first windows of the batches that have carried something
+        self._parts: list[Tensor | DiskTensor] = []  # none before the end of the first piece
 
     def take(self, rows: slice) -> list[Tensor | None]:
-        """conv, state and twin of a batch, see Carry and ScanMoments; None at the start of its windows."""
-        if rows.start not in self._begun:
-            return [None, None, None]
+        """conv, state and twin of a batch after the piece before, see Carry and ScanMoments."""
         taken = [part[rows, :].to(self._stream.device) for part in self._parts]
         return taken + [None] * (3 - len(taken))
 
@@ -118,7 +115,6 @@ class _Carries:
         self._parts = self._parts or [self._stream.beside(*value.shape[1:], value.dtype) for value in values]
         for part, value in zip(self._parts, values, strict=True):
             part[rows, :] = value
-        self._begun.add(rows.start)
 
 
 class BlockView:
@@ -159,20 +155,20 @@ class BlockView:
         the next begins, so the sums of a step are complete when it is yielded, and only STEPS_AT_ONCE steps are held.
         What the scan read is kept within the budget, for `advance` after a change of A_log alone. effect: see ScanMoments.
         """
-        stream, (D, N), room = self.stream, self.A_log.shape, self.stream.budget
+        stream, (D, N), left = self.stream, self.A_log.shape, self.stream.budget
         pieces, carries = stream.pieces(), _Carries(stream)
         for steps in pieces:
             moments = ScanMoments.zeros(needs, steps.stop - steps.start, D, N, stream.device, effect)
             for rows in stream.batches():
-                conv, state, moments.twin = carries.take(rows)
+                conv, state, moments.twin = carries.take(rows) if steps.start else (None, None, None)
                 hidden = stream.hidden[rows, steps].to(stream.device)
                 inputs, conv = scan_inputs(self.block, hidden, conv)
                 _, state = scan(self.block, inputs, state, moments)
                 if steps is not pieces[-1]:
                     carries.put(rows, conv, state, moments.twin)
-                if inputs.nbytes() <= room:
+                if inputs.nbytes() <= left:
                     self._kept[steps.start, rows.start] = inputs.compact(), conv
-                    room -= inputs.nbytes()
+                    left -= inputs.nbytes()
             ranks.all_sum(*moments.tensors())
             yield steps.start, moments
 
