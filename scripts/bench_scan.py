@@ -101,33 +101,39 @@ def stock(values: dict[str, torch.Tensor]) -> torch.Tensor:
     )  # fmt: skip
 
 
-def limits(threads: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """What measures the machine, and how many operations (bytes) a call makes (moves)."""
+Limits = dict[str, tuple[Callable[[], object], int]]  # what measures a rate, and how many of it a call makes
+
+
+def limits(threads: int) -> Limits:
+    """Operations on numbers in the first-level cache, by our own polynomials."""
     x, y = -np.random.rand(CACHED).astype(np.float32), np.random.rand(CACHED).astype(np.float32)
     buffers = [np.zeros((2, CACHED), np.float32) for _ in range(threads)]
-    source, target = torch.ones(1 << 27), torch.empty(1 << 27)
-    small = torch.full((CACHED * threads,), -0.5)
-    cached = torch.empty_like(small)
 
     def step(buffer: np.ndarray) -> None:
         buffer[:] = 0
         recurrences(x, y, *buffer, REPEATS)
 
-    def torch_exp() -> None:
-        for _ in range(REPEATS // 16):
-            torch.exp(small, out=cached)
-
     count = threads * CACHED * REPEATS
-    own = {
+    kernels = {
         "exp": (lambda buffer: exponentials(x, y, buffer[0], REPEATS), count),
         "step": (step, count),
         "edge": (lambda buffer: edges(x, y, buffer[0], REPEATS), count),
         "fma": (lambda buffer: products(x, y, buffer[0], REPEATS), 4 * count),
     }
-    return {name: (partial(for_each, kernel, buffers, threads), n) for name, (kernel, n) in own.items()} | {
-        "torch.exp": (torch_exp, count // 16),
-        "copy": (lambda: target.copy_(source), 2 * 4 * (1 << 27)),
-    }
+    return {name: (partial(for_each, kernel, buffers, threads), n) for name, (kernel, n) in kernels.items()}
+
+
+def torch_limits(threads: int) -> Limits:
+    """Exponentials of numbers in the first-level cache by torch, and bytes that a copy of main memory moves."""
+    source, target = torch.ones(1 << 27), torch.empty(1 << 27)
+    small = torch.full((CACHED * threads,), -0.5)
+    cached, repeats = torch.empty_like(small), REPEATS // 16
+
+    def exp() -> None:
+        for _ in range(repeats):
+            torch.exp(small, out=cached)
+
+    return {"torch.exp": (exp, small.numel() * repeats), "copy": (lambda: target.copy_(source), 2 * source.nbytes)}
 
 
 def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, rounds: int) -> None:
@@ -151,7 +157,7 @@ def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, roun
         "loop, h2": partial(loop, moments=moments("h2")),
         "stock": partial(stock, values),
     }
-    machine_limits = limits(threads)
+    machine_limits = limits(threads) | torch_limits(threads)
     with force_kernel("cpu"):
         seconds = in_turn(peers | {name: call for name, (call, _) in machine_limits.items()}, rounds, twice=True)
 
