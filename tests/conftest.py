@@ -97,6 +97,23 @@ def prune(tiny_windows, embed):
     return run
 
 
+@pytest.fixture
+def broken_package(tmp_path, monkeypatch):
+    """broken_package(name, lookup) makes a package that cannot be imported; lookup, a cached function, asks for it anew."""
+    lookups = []
+
+    def make(name: str, lookup: Any) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        lookup.cache_clear()
+        lookups.append(lookup)
+
+    yield make
+    for lookup in lookups:
+        lookup.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def demo_dir() -> Path:
     return REPOSITORY / "data" / "mamba-demo"

@@ -42,18 +42,12 @@ def test_one_that_fails_or_disagrees_is_not_used(theirs, fault):
         assert not conv_cuda.proves_right(theirs, DEVICE, torch.float32)
 
 
-def test_a_broken_package_is_named_once(tmp_path, monkeypatch):
-    (tmp_path / "causal_conv1d").mkdir()
-    (tmp_path / "causal_conv1d" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    conv_cuda.causal_conv1d.cache_clear()
-    try:
-        with torch.no_grad(), pytest.warns(UserWarning, match="undefined symbol") as caught:
-            for _ in range(2):
-                assert conv_cuda.causal_conv_silu(torch.zeros(1, 5, 8), torch.zeros(8, 1, 4), None) is None
-        assert len(caught) == 1
-    finally:
-        conv_cuda.causal_conv1d.cache_clear()
+def test_a_broken_package_is_named_once(broken_package):
+    broken_package("causal_conv1d", conv_cuda.causal_conv1d)
+    with torch.no_grad(), pytest.warns(UserWarning, match="undefined symbol") as caught:
+        for _ in range(2):
+            assert conv_cuda.causal_conv_silu(torch.zeros(1, 5, 8), torch.zeros(8, 1, 4), None) is None
+    assert len(caught) == 1
 
 
 def test_it_serves_what_it_can_and_nothing_else(monkeypatch):

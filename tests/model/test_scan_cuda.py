@@ -62,18 +62,12 @@ def test_another_scan_that_fails_or_disagrees_is_not_used(theirs, fault):
     assert len(caught) == 1
 
 
-def test_a_broken_mamba_ssm_is_named_once(tmp_path, monkeypatch):
-    (tmp_path / "mamba_ssm").mkdir()
-    (tmp_path / "mamba_ssm" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    scan_cuda.mamba_ssm_scan.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="undefined symbol") as caught:
-            for _ in range(2):
-                scan_cuda.selective_scan_cuda(*scan_values())
-        assert len(caught) == 1
-    finally:
-        scan_cuda.mamba_ssm_scan.cache_clear()
+def test_a_broken_mamba_ssm_is_named_once(broken_package):
+    broken_package("mamba_ssm", scan_cuda.mamba_ssm_scan)
+    with pytest.warns(UserWarning, match="undefined symbol") as caught:
+        for _ in range(2):
+            scan_cuda.selective_scan_cuda(*scan_values())
+    assert len(caught) == 1
 
 
 def test_mamba_ssm_serves_what_it_can_and_nothing_else(monkeypatch):
