@@ -23,6 +23,7 @@ from sparsessm import checkpoint, schedule, text  # noqa: E402
 from sparsessm.evaluation.perplexity import perplexity  # noqa: E402
 from sparsessm.options import Options  # noqa: E402
 from sparsessm.reporting.tables import text_table  # noqa: E402
+from sparsessm.tokenizing import load_tokenizer  # noqa: E402
 from sparsessm.walk import Stream  # noqa: E402
 
 PLACE = {"device": "cpu", "offload": "cpu", "batch": 8}
@@ -41,7 +42,7 @@ class Bench:
 
     def __init__(self, model: str, dataset: str, seqlen: int, nsamples: int, eval_windows: int) -> None:
         self.source, self.dataset = checkpoint.find(model), dataset
-        self.tokenizer = checkpoint.load_tokenizer(self.source)
+        self.tokenizer = load_tokenizer(self.source)
         self.sizes = (seqlen, nsamples, eval_windows)
         self.evaluation = cache(self._evaluation)
         self.calibration = cache(self._calibration)

@@ -18,10 +18,10 @@ SETTINGS = {"seqlen": 512, "nsamples": 16, "eval_windows": 32, "experiment_name"
 
 def measure(method: str | None) -> dict[str, Any]:
     """One run on the demo model and the demo text; half of A_log is pruned."""
-    import main
+    from sparsessm.run import run
 
     pruning = {"method": method, "prune_A": True, "sparsity": 0.5} if method else {}
-    return main.run(Options(model="demo", dataset="demo", **SETTINGS, **pruning))
+    return run(Options(model="demo", dataset="demo", **SETTINGS, **pruning))
 
 
 def demo() -> None:

@@ -26,6 +26,7 @@ from sparsessm.pruning.aggregation import Aggregator  # noqa: E402
 from sparsessm.pruning.patterns import NofM, Pattern, Unstructured  # noqa: E402
 from sparsessm.pruning.saliency import SALIENCIES  # noqa: E402
 from sparsessm.reporting.tables import text_table  # noqa: E402
+from sparsessm.tokenizing import load_tokenizer  # noqa: E402
 from sparsessm.walk import BlockView, Stream, walk  # noqa: E402
 
 HALF = Unstructured(0.5)
@@ -74,7 +75,7 @@ def without_skipped(model: nn.Module, stream: Stream, plan: TransitionPlan, firs
 def fidelity(*, model: str, dataset: str, seqlen: int, nsamples: int, eval_windows: int) -> None:
     """Prints the table."""
     source = checkpoint.find(model)
-    tokenizer = checkpoint.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     stream_ids = text.evaluation_stream(dataset, tokenizer, seqlen).ids
     windows = text.cut_windows(stream_ids, seqlen, eval_windows)
     calibration = text.calibration_windows(dataset, tokenizer, nsamples, seqlen, seed=0).ids

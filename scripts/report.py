@@ -15,13 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm.errors import InputError  # noqa: E402
+from sparsessm.errors import ending_in_one_line  # noqa: E402
 from sparsessm.reporting.plots import check_matplotlib, write_plots  # noqa: E402
 from sparsessm.reporting.report import write_report  # noqa: E402
 from sparsessm.reporting.results import read_runs  # noqa: E402
 from sparsessm.reporting.wording import plural  # noqa: E402
 
 
+@ending_in_one_line
 def main(argv: Sequence[str]) -> int:
     """Exit code: 0, or 2 with one line that says what to do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,19 +30,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="folder for each picture as PNG and PDF")
     words = parser.parse_args(argv)
-    try:
-        if words.plots:
-            check_matplotlib()
-        runs = read_runs(words.experiments)
-        write_report(runs, words.experiments, words.output)
-        written = [str(words.output), plural(len(runs.finished), "run")]
-        if runs.unfinished or runs.damaged:
-            written.append(f"{len(runs.unfinished) + len(runs.damaged)} left out")
-        if words.plots:
-            written.append(f"{plural(len(write_plots(runs.finished, words.plots)), 'plot')} in {words.plots}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if words.plots:
+        check_matplotlib()
+    runs = read_runs(words.experiments)
+    write_report(runs, words.experiments, words.output)
+    written = [str(words.output), plural(len(runs.finished), "run")]
+    if runs.unfinished or runs.damaged:
+        written.append(f"{len(runs.unfinished) + len(runs.damaged)} left out")
+    if words.plots:
+        written.append(f"{plural(len(write_plots(runs.finished, words.plots)), 'plot')} in {words.plots}")
     print(", ".join(written))
     return 0
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm.errors import InputError  # noqa: E402
+from sparsessm.errors import ending_in_one_line  # noqa: E402
 from sparsessm.reporting import grid, paper, paper_output  # noqa: E402
 
 
@@ -65,6 +65,7 @@ def _described(cell: grid.Cell, base_dir: Path) -> str:
     return shlex.join(["python", "main.py", *words])
 
 
+@ending_in_one_line
 def main(argv: Sequence[str]) -> int:
     parser = grid.Parser(__doc__)
     parser.add_argument("table", help=f"one of: {', '.join(paper.names())}")
@@ -81,20 +82,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--base_dir", type=Path, default=Path("experiments"), help="folder of all run folders")
     parser.add_argument("--out", type=Path, help="folder for the tables (default: BASE_DIR/tables)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
-    try:
-        known, further = parser.parse_known_args(argv)
-        flags = {name: value for name in passed if (value := getattr(known, name)) is not None}
-        changes = paper.Changes(
-            models=known.models, dataset=known.dataset, ppl_datasets=known.ppl_datasets, only=known.only,
-            seeds=known.seeds, flags=flags, words=further,
-        )  # fmt: skip
-        return reproduce(
-            known.table, changes, base_dir=known.base_dir, out=known.out, workers=known.workers, devices=known.devices,
-            dry_run=known.dry_run,
-        )  # fmt: skip
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    known, further = parser.parse_known_args(argv)
+    flags = {name: value for name in passed if (value := getattr(known, name)) is not None}
+    changes = paper.Changes(
+        models=known.models, dataset=known.dataset, ppl_datasets=known.ppl_datasets, only=known.only,
+        seeds=known.seeds, flags=flags, words=further,
+    )  # fmt: skip
+    return reproduce(
+        known.table, changes, base_dir=known.base_dir, out=known.out, workers=known.workers, devices=known.devices,
+        dry_run=known.dry_run,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm.errors import InputError  # noqa: E402
+from sparsessm.errors import InputError, ending_in_one_line, storing  # noqa: E402
+from sparsessm.files import write_text  # noqa: E402
 from sparsessm.reporting import grid, sweeps  # noqa: E402
-from sparsessm.reporting.paper_output import write_whole  # noqa: E402
 
 
 def sweep_local(
@@ -35,8 +35,11 @@ def sweep_local(
     if index is None:
         head, rows = sweeps.results(sweep, base_dir, failures)
         out = out or base_dir / "sweeps"
-        page = write_whole(out / f"{sweep.name}.md", sweeps.markdown(sweep, head, rows, failures))
-        lines = write_whole(out / f"{sweep.name}.csv", sweeps.comma_separated(head, rows))
+        page, lines = out / f"{sweep.name}.md", out / f"{sweep.name}.csv"
+        with storing(f"--out {out}", "name another folder"):
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(page, sweeps.markdown(sweep, head, rows, failures))
+            write_text(lines, sweeps.comma_separated(head, rows))
         print(f"results: {page}, {lines}")
     for cell, reason in failures.items():
         print(f"failed: {cell.label}: {reason}", file=sys.stderr)
@@ -46,6 +49,7 @@ def sweep_local(
     return 1 if failures else 0
 
 
+@ending_in_one_line
 def main(argv: Sequence[str]) -> int:
     parser = grid.Parser(__doc__)
     parser.add_argument("file", type=Path, help="sweep file, as `wandb sweep` takes it; method grid")
@@ -56,18 +60,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder for the results (default: BASE_DIR/sweeps)")
     parser.add_argument("--index", type=int, help="run this point alone, counted from 0")
     parser.add_argument("--count", action="store_true", help="print the number of points and run nothing")
-    try:
-        known = parser.parse_args(argv)
-        sweep = sweeps.load(known.file, known.set)
-        if known.count:
-            print(len(sweep.cells))
-            return 0
-        return sweep_local(
-            sweep, index=known.index, base_dir=known.base_dir, out=known.out, workers=known.workers, devices=known.devices
-        )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    known = parser.parse_args(argv)
+    sweep = sweeps.load(known.file, known.set)
+    if known.count:
+        print(len(sweep.cells))
+        return 0
+    return sweep_local(
+        sweep, index=known.index, base_dir=known.base_dir, out=known.out, workers=known.workers, devices=known.devices
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +45,15 @@ def output_shares(
     output is taken on the first batch of windows of each process, relative to the energy of the stream, and the part is
     put back. A_log and the weights have a budget each.
     """
-    rows = progress.load_figures("allocation")
+    names = ["A_log"] * (transitions is not None) + list(weights.modules if weights is not None else ())
+    parts = [(layer, name) for layer in range(first, stop) for name in names]
+
+    def fits(rows: Any) -> bool:
+        return [tuple(row[:2]) for row in rows] == parts and all(
+            size > 0 and len(errors) == len(MEASURED_AT) and all(map(math.isfinite, errors)) for _, _, size, errors in rows
+        )
+
+    rows = progress.load_figures("allocation", fits)
     if rows is None:
         rows = []
         for view in walk(model, embed(), first, stop):
@@ -71,7 +81,7 @@ def _measure(
         for sparsity in MEASURED_AT:
             prune_block_A_log(view, transitions, sparsity)
             errors.append(view.output_error(original))
-            view.A_log.copy_(before.mixer.A_log)
+            view.write("A_log", before.mixer.A_log)
         found["A_log"] = (view.A_log.numel(), errors)
     if weights is not None:
         plan = replace(weights, polish=0)
@@ -84,6 +94,6 @@ def _measure(
             for sparsity in MEASURED_AT:
                 prune_module(view, name, plan, seen[name].total if name in seen else None, sparsity=sparsity)
                 errors.append(view.output_error(original))
-                module_weight(view, name).copy_(module_weight(original, name))
+                view.write(f"{name}.weight", module_weight(original, name))
             found[name] = (module_weight(view, name).numel(), errors)
     return found

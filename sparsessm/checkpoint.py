@@ -1,33 +1,48 @@
 """Reading checkpoints: a hub id, a local folder in the Hugging Face or the original state-spaces layout, or `demo`.
 
-The two layouts hold the same tensors; only the embedding's name and the config's keys differ. So both are read the same
-way: a config, an empty model, and every tensor checked as it is put in. Writing is in `sparsessm.saving`.
+What stock `transformers` would load is what is loaded, by its own loader: its order of files, its rules for tied heads,
+its changes of weights on the way. Of the state-spaces layout, which it does not know, the config's keys and one tensor's
+name are translated first. What cannot be right is refused before any tensor is read. Writing is in `sparsessm.saving`.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
-import struct
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import Tensor
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, GenerationConfig, MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers.utils import logging as transformers_logging
 
-from sparsessm.errors import InputError
+from sparsessm.errors import InputError, first_line
+from sparsessm.place import put_back
 
 DEMO = Path(__file__).resolve().parent.parent / "data" / "mamba-demo"
-FALLBACK_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_INDEX_ENDING = ".index.json"
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# In the order in which stock transformers takes them.
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+# All keys of the state-spaces layout; those of the second line shape initial weights and computation, not the model.
+_ORIGINAL_KEYS = {
+    "d_model", "n_layer", "vocab_size", "ssm_cfg", "rms_norm", "residual_in_fp32", "fused_add_norm",
+    "pad_vocab_size_multiple", "tie_embeddings", "d_intermediate", "attn_layer_idx", "attn_cfg",
+}  # fmt: skip
+_ORIGINAL_SSM_KEYS = {"layer", "d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias"} | {
+    "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path",
+}  # fmt: skip
+# Keys that libraries add to any config and that say nothing of the model.
+_REMARKS = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "model_type"}
 
 
 @dataclass(frozen=True)
@@ -51,30 +66,48 @@ def find(name: str) -> Source:
     """Finds a checkpoint and checks what can be checked without reading tensors.
 
     Raises:
-        InputError: no such folder or hub id, no config or weights, not a Mamba-1 model, files cut short.
+        InputError: no such folder or hub id, no config or weights, not a Mamba-1 model, adapters or quantised weights,
+            files cut short.
     """
     folder = DEMO if name == "demo" else Path(name).expanduser()
     if not folder.is_dir():
         if folder.exists():
             raise InputError(f"{name} is a file: give the folder that holds config.json and the weights")
+        put_back(folder)
+    if folder.is_dir():
+        put_back(folder)
+    else:
         folder = _download(name)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{name} holds an adapter (adapter_config.json): merge it into its base model first")
+    if not (folder / "config.json").is_file():
         raise InputError(f"{name} has no config.json: give the folder of a Mamba checkpoint")
-    try:
-        raw = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise InputError(f"{config_file} is not valid JSON ({error}): fetch it again") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{config_file} holds no config: fetch it again")
+    raw = read_json(folder / "config.json")
     try:
         layout, config = _read_config(name, raw)
-    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise InputError(f"{config_file} describes no model ({reason}): mend it, or fetch it again") from None
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
+        raise InputError(f"{folder / 'config.json'} describes no model ({reason}): correct it, or fetch it again") from None
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
     return Source(name, folder, layout, config, raw, _weight_files(name, folder))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint.
+
+    Raises:
+        InputError: the file cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not valid JSON ({first_line(error)}): fetch it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no values by name: fetch it again")
+    return content
 
 
 def _download(name: str) -> Path:
@@ -82,36 +115,42 @@ def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"there is no folder {name}: give a folder, a hub id such as state-spaces/mamba-130m-hf, or demo")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    small = ["*.json", "*.txt", "*.jinja", "tokenizer*"]
     try:
-        small = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt"]))
-        if not any(small.glob("*.safetensors")):
-            small = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin", "tokenizer*", "*.txt"]))
-        return small
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        folder = Path(snapshot_download(name, allow_patterns=[*small, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*small, "*.bin"]))
+        return folder
+    except Exception as error:  # of the hub, the HTTP library, its proxies, the disk: they share no base class
         raise InputError(
-            f"{name} is neither a folder here nor could it be fetched from the hub ({first_line}): "
-            "check the name and the network, or give a local folder"
-        ) from None
+            f"{name} is neither a folder here nor could it be fetched from the hub ({first_line(error)}): "
+            "check the name, the network and its proxies, or give a local folder"
+        ) from error
 
 
 def _read_config(name: str, raw: dict[str, Any]) -> tuple[str, MambaConfig]:
+    if raw.get("quantization_config") is not None:
+        raise InputError(f"{name} has quantised weights (quantization_config): give a model with plain ones")
+    if raw.get("transformers_weights") is not None:
+        raise InputError(f"{name} names weight files of its own (transformers_weights in config.json): use the usual names")
     kind = raw.get("model_type")
     if kind == "mamba":
-        return "hf", MambaConfig.from_dict(raw)
-    ssm = raw.get("ssm_cfg") or {}
+        return "hf", MambaConfig.from_dict(copy.deepcopy(raw))
     if kind is None and {"d_model", "n_layer", "vocab_size"} <= raw.keys():
-        if ssm.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx") or raw.get("d_intermediate"):
-            raise InputError(f"{name} is a Mamba-2 or hybrid checkpoint: only Mamba-1 models can be pruned")
-        if not raw.get("rms_norm", True):
-            raise InputError(f"{name} uses LayerNorm (rms_norm false), which transformers' Mamba has not")
-        return "state-spaces", _config_from_state_spaces(raw, ssm)
+        return "state-spaces", _config_from_state_spaces(name, raw)
     raise InputError(f"{name} is no Mamba model (model_type {kind!r}): give a Mamba-1 checkpoint")
 
 
-def _config_from_state_spaces(raw: dict[str, Any], ssm: dict[str, Any]) -> MambaConfig:
+def _config_from_state_spaces(name: str, raw: dict[str, Any]) -> MambaConfig:
+    ssm = raw.get("ssm_cfg") or {}
+    if ssm.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx") or raw.get("d_intermediate"):
+        raise InputError(f"{name} is a Mamba-2 or hybrid checkpoint: only Mamba-1 models can be pruned")
+    if not raw.get("rms_norm", True):
+        raise InputError(f"{name} uses LayerNorm (rms_norm false), which transformers' Mamba has not")
+    unknown = sorted((raw.keys() - _ORIGINAL_KEYS - _REMARKS) | (ssm.keys() - _ORIGINAL_SSM_KEYS))
+    if unknown:
+        raise InputError(f"{name}: config.json has keys that no Mamba-1 model of this layout has: {', '.join(unknown)}")
     d_model, multiple = raw["d_model"], raw.get("pad_vocab_size_multiple", 8)
     rank = ssm.get("dt_rank", "auto")
     return MambaConfig(
@@ -131,45 +170,36 @@ def _config_from_state_spaces(raw: dict[str, Any], ssm: dict[str, Any]) -> Mamba
 
 
 def _weight_files(name: str, folder: Path) -> tuple[Path, ...]:
-    """The files that hold the weights, none missing and none cut short; safetensors come first."""
+    """The files that hold the weights, none missing and none cut short."""
     for plain in _WEIGHT_FILES:
-        index = folder / (plain + _INDEX_ENDING)
-        if index.is_file():
-            try:
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                files = tuple(folder / shard for shard in shards)
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise InputError(f"{index} is not an index of shards: fetch the checkpoint again") from None
-        elif (folder / plain).is_file():
-            files = (folder / plain,)
-        else:
+        if not (folder / plain).is_file():
             continue
+        files = _shards(folder / plain) if plain.endswith(".index.json") else (folder / plain,)
         for file in files:
             if not file.is_file():
                 raise InputError(f"{file} is missing: fetch the checkpoint again")
             if file.suffix == ".safetensors":
-                _check_safetensors(file)
+                try:
+                    with safe_open(file, framework="pt"):
+                        pass
+                except (SafetensorError, OSError, ValueError) as error:
+                    raise InputError(f"{file} is not a whole safetensors file ({first_line(error)}): fetch it again") from None
         return files
-    raise InputError(f"{name} has a config but no weights ({' or '.join(_WEIGHT_FILES)}, whole or in shards)")
+    raise InputError(f"{name} has a config but no weights ({_WEIGHT_FILES[0]} or {_WEIGHT_FILES[2]}, whole or in shards)")
 
 
-def _check_safetensors(file: Path) -> None:
-    """Compares the size of a file with what its header promises.
-
-    The format (safetensors, "Format"): 8 bytes with the header's length, the header as JSON, the tensors' bytes.
-    """
-    size = file.stat().st_size
+def _shards(index: Path) -> tuple[Path, ...]:
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
-        promised = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{file} is not a whole safetensors file: fetch it again") from None
-    if size != promised:
-        raise InputError(f"{file} holds {size} bytes where its header promises {promised}: fetch it again")
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        parts = [PurePosixPath(name) for name in names]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise InputError(f"{index} is not an index of shards: fetch the checkpoint again") from None
+    if not parts:
+        raise InputError(f"{index} names no shard: fetch the checkpoint again")
+    for part in parts:
+        if part.is_absolute() or ".." in part.parts:
+            raise InputError(f"{index} names a file outside the model's folder ({part}): fetch the checkpoint again")
+    return tuple(index.parent / name for name in names)
 
 
 def load(source: Source, dtype: str = "auto") -> MambaForCausalLM:
@@ -179,74 +209,70 @@ def load(source: Source, dtype: str = "auto") -> MambaForCausalLM:
     that loads the saved model in that dtype will round them so.
 
     Raises:
-        InputError: tensors missing, left over, or of another shape than the config says.
+        InputError: tensors missing, left over, of another shape than the config says, or with values that are not
+            finite numbers of the dtype.
     """
-    wanted = _DTYPES.get(dtype)
-    with torch.device("meta"):
-        model = MambaForCausalLM(copy.deepcopy(source.config))
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    seen = {}
-    for file in source.files:
-        for name, tensor in _read_tensors(file):
-            name = name.replace("backbone.embedding.", "backbone.embeddings.")
-            if name == "lm_head.weight" and source.config.tie_word_embeddings:
-                continue
-            if name not in expected:
-                raise InputError(f"{file} holds {name}, which a Mamba model has not: is this the right checkpoint?")
-            if tensor.shape != expected[name]:
-                raise InputError(
-                    f"{file}: {name} has shape {tuple(tensor.shape)}, the config says {tuple(expected[name])}"
-                )
-            wanted = wanted or _stored_dtype(source, tensor)
-            seen[name] = _cast(name, tensor, wanted)
-    missing = sorted(expected.keys() - seen.keys())
-    if missing:
-        raise InputError(f"{source.name} lacks {len(missing)} tensors, the first {missing[0]}: fetch it again")
-    model.load_state_dict(seen, strict=False, assign=True)
-    model.tie_weights()
-    model.config.dtype = wanted
-    if (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": _DTYPES.get(dtype, "auto"), "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # it lists them, and we say so
+    try:
+        if source.layout == "hf":
+            model, found = AutoModelForCausalLM.from_pretrained(source.folder, trust_remote_code=False, **options)
+        else:
+            state = _read_state_spaces(source)
+            model, found = MambaForCausalLM.from_pretrained(
+                None, config=copy.deepcopy(source.config), state_dict=state, **options
+            )
+    except InputError:
+        raise
+    except Exception as error:  # what a broken pickle, zip or header raises is anything
+        where = ", ".join(file.name for file in source.files[:3])
+        raise InputError(f"{source.folder} cannot be loaded ({where}: {first_line(error)}): fetch it again") from error
+    _check_found(source, found)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            remedy = "the weights are broken" if parameter.dtype == torch.float32 else "try --dtype float32"
+            raise InputError(f"{source.name}: {name} has values that are not finite: {remedy}")
+        if name.endswith(".A_log"):
+            parameter.data = parameter.data.float()
+    model.config.tie_word_embeddings = model.lm_head.weight is model.backbone.embeddings.weight
     return model.eval().requires_grad_(False)
 
 
-def _stored_dtype(source: Source, first: Tensor) -> torch.dtype:
-    """What `auto` means: the config's dtype, else that of the first tensor."""
-    named = source.raw_config.get("dtype") or source.raw_config.get("torch_dtype")
-    return _DTYPES.get(str(named).removeprefix("torch."), first.dtype if first.is_floating_point() else torch.float32)
+def _check_found(source: Source, found: dict[str, Any]) -> None:
+    if found["mismatched_keys"]:
+        name, stored, wanted = sorted(found["mismatched_keys"])[0]
+        raise InputError(f"{source.name}: {name} has shape {tuple(stored)}, the config says {tuple(wanted)}")
+    if found["unexpected_keys"]:
+        name = sorted(found["unexpected_keys"])[0]
+        raise InputError(f"{source.name} holds {name}, which a Mamba model has not: is this the right checkpoint?")
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise InputError(f"{source.name} lacks {len(missing)} tensors, the first {missing[0]}: fetch it again")
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = tensor.to(dtype)
-    return cast.float() if name.endswith(".A_log") else cast
+def _read_state_spaces(source: Source) -> dict[str, Tensor]:
+    """All tensors under their Hugging Face names."""
+    state: dict[str, Tensor] = {}
+    for file in source.files:
+        if file.suffix == ".safetensors":
+            state |= load_file(file)
+            continue
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+            raise InputError(f"{file} holds something else than named tensors: is this the right checkpoint?")
+        state |= content
+    embedding, head = state.get("backbone.embedding.weight"), state.get("lm_head.weight")
+    if source.config.tie_word_embeddings and embedding is not None and head is not None and not torch.equal(embedding, head):
+        raise InputError(f"{source.name} ties its head by its config and holds another one: set tie_embeddings to false")
+    return {name.replace("backbone.embedding.", "backbone.embeddings."): tensor for name, tensor in state.items()}
 
 
-def _read_tensors(file: Path):
-    """(name, tensor) one after the other."""
-    if file.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                yield name, opened.get_tensor(name)
-        return
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # what a broken pickle or zip raises is anything
-        raise InputError(f"{file} cannot be read ({type(error).__name__}): fetch it again") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise InputError(f"{file} holds something else than named tensors: is this the right checkpoint?")
-    yield from state.items()
-
-
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer, or GPT-NeoX's where it has none (as the state-spaces checkpoints)."""
-    own = any((source.folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    origin = source.folder if own else FALLBACK_TOKENIZER
-    try:
-        return AutoTokenizer.from_pretrained(origin)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"no tokenizer from {origin} ({first_line}): put a tokenizer.json beside the weights of {source.name}"
-        ) from None
+def fingerprint(model: torch.nn.Module) -> str:
+    """sha256 of all parameters, by name, dtype, shape and content."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsessm.errors import InputError
@@ -26,6 +29,9 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, not {value}")
+    for name, value in vars(options).items():
+        if name != "sparsity" and isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} must be a finite number, not {value}")
     if options.seqlen < 2:
         raise InputError("--seqlen must be at least 2: a window of one token predicts nothing")
     if options.memory_budget is not None and not options.memory_budget >= 0:
@@ -38,6 +44,11 @@ def check(options: Options) -> None:
         raise InputError(f"--time_window must lie above 0 and at most at 1, not {options.time_window}")
     if options.time_discount <= 0:
         raise InputError(f"--time_discount must be above 0, not {options.time_discount}")
+    name, base = options.experiment_name, os.path.abspath(options.base_dir)
+    if "\0" in name or not Path(os.path.abspath(os.path.join(base, name))).is_relative_to(base) or name.strip(" ./") == "":
+        raise InputError(f"--experiment_name {name} is no folder below --base_dir: give a plain name")
+    if options.overwrite and not options.save:
+        raise InputError("--overwrite does nothing alone: add --save")
     _check_zero_shot(options)
     if options.method is None:
         if options.prune_A or options.prune_layers or options.sparsity is not None or options.prunem:

@@ -27,8 +27,10 @@ from sparsessm.pipeline import (
     module_weight,
     prune_block_A_log,
     prune_module,
+    shape_left,
     shrink_states,
 )
+from sparsessm.pruning.obs import polish
 from sparsessm.pruning.refit import refit
 from sparsessm.statistics import PairGram
 from sparsessm.walk import BlockView, Stream, walk
@@ -97,25 +99,31 @@ def _prune_block(
     progress: Progress,
     shares: Shares,
 ) -> Masks:
-    A_log, before = view.parameter_name("A_log"), progress.load("compensated", view.index)
+    A_log, modules = view.parameter_name("A_log"), () if weights is None else weights.modules
+    masked = {view.parameter_name(f"{name}.weight"): module_weight(view, name).shape for name in modules}
+    changed = dict(masked)
+    if teacher is not None:
+        changed[view.parameter_name("out_proj.weight")] = module_weight(view, "out_proj").shape
+    if transitions is not None:
+        masked[A_log], changed[A_log] = view.A_log.shape, shape_left(view, transitions)
+    before = progress.load("compensated", view.index, changed, masked)
     if before is not None:
         values, masks = before
         if transitions is not None:
             apply_transitions(view, masks[A_log].to(view.stream.device), transitions)
         for name, value in values.items():
-            _parameter(view, name).copy_(value)
+            view.write(_short(view, name), value)
     else:
         masks = {}
         if transitions is not None:
             masks[A_log] = prune_block_A_log(view, transitions, shares.get((view.index, "A_log")))
-        modules = () if weights is None else weights.modules
         for together in [(name,) for name in modules] if plan.sequential else [modules]:
             masks |= _prune_modules(view, teacher, together, weights, plan, shares)
         if teacher is not None and "out_proj" not in modules:
             pair = _aim(view, teacher)
-            module_weight(view, "out_proj").copy_(_solved(view, pair, plan))
-        changed = {*masks, *([view.parameter_name("out_proj.weight")] if teacher is not None else [])}
-        progress.store("compensated", view.index, {name: _parameter(view, name) for name in changed}, masks)
+            view.write("out_proj.weight", _solved(view, pair, plan))
+        values = {name: view.block.mixer.get_parameter(_short(view, name)) for name in changed}
+        progress.store("compensated", view.index, values, masks)
     figures = {}
     for part, names in {"ssm": masks.keys() & {A_log}, "layers": masks.keys() - {A_log}}.items():
         if names:
@@ -158,9 +166,12 @@ def _aim(view: BlockView, teacher: BlockView) -> PairGram:
 
 
 def _solved(view: BlockView, pair: PairGram, plan: CompensationPlan) -> Tensor:
-    """The weight of out_proj that comes nearest to the dense model's stream."""
-    return refit(module_weight(view, "out_proj"), pair.total, pair.cross, plan.ridge)
+    """The weight of out_proj that comes nearest to the dense model's stream; what was pruned before stays zero."""
+    best = refit(module_weight(view, "out_proj"), pair.total, pair.cross, plan.ridge)
+    gone = view.gone("out_proj.weight")
+    return best if gone is None else polish(best.masked_fill(gone, 0), gone, best, pair.total.to(best.dtype), plan.ridge)
 
 
-def _parameter(view: BlockView, name: str) -> Tensor:
-    return view.block.mixer.get_parameter(name.removeprefix(view.parameter_name(""))).data
+def _short(view: BlockView, name: str) -> str:
+    """The name of a parameter within its mixer."""
+    return name.removeprefix(view.parameter_name(""))

@@ -1,8 +1,143 @@
-"""The one exception that is the user's to mend, not ours."""
+"""Every error that the command names: one hierarchy, one line each, and what the exit code says.
+
+Whatever a user, a file, a disk, a network, a number or a signal can cause is raised as one of these where it arises. Any
+other exception that reaches the command is a fault of the program.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+FAULT, UNUSABLE, INTERRUPTED = 1, 2, 130  # exit codes
+
+# What the system says when it takes no more.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class InputError(ValueError):
-    """What the user gave is unusable.
+class SparseSSMError(Exception):
+    """Something that has a name. The message is one line that says what to do; the command prints it and exits with 2."""
 
-    The message is one line that says what to do; main.py prints it and leaves with exit code 2.
+
+class InputError(SparseSSMError, ValueError):
+    """What the user gave, or what it names, is unusable."""
+
+
+class StorageError(InputError):
+    """A place takes no files, or no more of them."""
+
+
+class NumericalError(SparseSSMError, ArithmeticError):
+    """A computation has no result; the message names the layer or the parameter."""
+
+
+class DivergenceError(NumericalError):
+    """A layer puts out values that are not finite."""
+
+
+class SolverError(NumericalError):
+    """A Hessian that stays indefinite however much it is damped."""
+
+
+class MemoryLimitError(SparseSSMError):
+    """The memory of the machine or of the device is used up."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: ends the run as Ctrl-C does, and no library's `except Exception` holds it up."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line, its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the system takes no more, also where a library says so in words alone."""
+    code = error.errno if isinstance(error, OSError) else None
+    return code in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
+
+
+def storage_reason(error: BaseException) -> str | None:
+    """Why the system refused to write, None where the error is of another kind.
+
+    torch, safetensors, pyarrow and tokenizers wrap the system's error in their own, so its words count as well.
     """
+    if is_disk_full(error):
+        return f"the disk is full: {first_line(error)}"
+    if isinstance(error, OSError):
+        return error.strerror or first_line(error)
+    wrapped = any(words in str(error) for words in ("PytorchStreamWriter", "unexpected pos", "I/O error"))
+    return first_line(error) if wrapped else None
+
+
+@contextmanager
+def storing(what: str, remedy: str = "make room, or name another place") -> Iterator[None]:
+    """Gives an error of the disk its name: "WHAT could not be written (the disk is full): make room, or ..."."""
+    try:
+        yield
+    except SparseSSMError:
+        raise
+    except Exception as error:
+        reason = storage_reason(error)
+        if reason is None:
+            raise
+        raise StorageError(f"{what} could not be written ({reason}): {remedy}") from error
+
+
+_interrupted = False
+
+
+@contextmanager
+def ending_by_signals() -> Iterator[None]:
+    """Turns SIGINT, SIGTERM and SIGHUP into a KeyboardInterrupt for a while; a second Ctrl-C ends the process at once."""
+    global _interrupted
+    _interrupted = False
+
+    def end(number: int, _: object) -> None:
+        global _interrupted
+        _interrupted = True
+        for other in before:
+            signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
+        raise Interrupted(signal.Signals(number).name)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_interrupted() -> None:
+    """Raises Interrupted where a signal came at a moment that could not end the run (a call back from compiled code)."""
+    if _interrupted:
+        raise Interrupted("a signal")
+
+
+def ending_in_one_line(function: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """A script's `main` whose named errors, and signals, end in one line and their exit code."""
+
+    @functools.wraps(function)
+    def main(argv: Sequence[str]) -> int:
+        with ending_by_signals():
+            try:
+                return function(argv)
+            except SparseSSMError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return UNUSABLE
+            except KeyboardInterrupt:
+                print("interrupted: the same command continues", file=sys.stderr)
+                return INTERRUPTED
+
+    return main

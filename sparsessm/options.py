@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,10 +23,12 @@ from sparsessm.pruning.methods import METHODS, STRUCTURES, Method
 from sparsessm.pruning.patterns import Columns, NofM, Pattern, Unstructured
 from sparsessm.pruning.saliency import SALIENCIES
 from sparsessm.pruning.search import SEARCHES
+from sparsessm.reporting.journal import remove_journal
 from sparsessm.shedding import SHED_TARGETS, ShedPlan
+from sparsessm.text import DATASETS
 
 # Options that say where things go and not what is done: what is saved does not depend on them.
-PLACES = ("save", "experiment_name", "base_dir", "log_wandb", "offload", "memory_budget")
+PLACES = ("save", "overwrite", "experiment_name", "base_dir", "log_wandb", "offload", "memory_budget")
 
 
 def _boolean(text: str) -> bool:
@@ -152,7 +155,8 @@ class Options:
         None, "GiB that may be spent to save work, 0 for none (default: a share of what is free)", type=float
     )
 
-    save: str | None = _option(None, "folder for the pruned checkpoint")
+    save: str | None = _option(None, "folder for the pruned checkpoint, new or empty")
+    overwrite: bool = _flag("let --save replace the checkpoint in a folder that is not empty; its other files stay")
     save_format: str = _option("hf", "layout of the checkpoint", choices=("hf", "state-spaces"))
     experiment_name: str = _option("default", "folder of the run under base_dir")
     base_dir: str = _option("experiments", "folder of all experiments")
@@ -269,18 +273,59 @@ def parse(argv: Sequence[str]) -> tuple[Options, Path | None]:
 
 
 def _frozen(values: dict[str, Any]) -> Options:
-    return Options(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    """Options with every place as it is from everywhere: absolute, and without ~."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    for name in ("data_dir", "zero_shot_include", "save", "base_dir"):
+        if values[name] is not None:
+            values[name] = os.path.abspath(os.path.expanduser(values[name]))
+    values["model"] = _whole_place(values["model"], ("demo",))
+    values["dataset"] = _whole_place(values["dataset"], DATASETS)
+    if values["ppl_datasets"] is not None:
+        values["ppl_datasets"] = tuple(_whole_place(name, (*DATASETS, "none")) for name in values["ppl_datasets"])
+    return Options(**values)
+
+
+def _whole_place(name: str | None, reserved: Sequence[str]) -> str | None:
+    """The full path of a model or data set that is a folder here; any other name as it is."""
+    if name is None or name in reserved or not os.path.isdir(os.path.expanduser(name)):
+        return name
+    return os.path.abspath(os.path.expanduser(name))
 
 
 def _recorded(folder: Path) -> tuple[Options, Path]:
-    """The options of an interrupted run."""
+    """The options of an interrupted run, checked as if they came from the command line."""
+    folder = Path(os.path.abspath(folder.expanduser()))
+    file = folder / "options.json"
     try:
-        values = json.loads((folder / "options.json").read_text())
-    except (OSError, ValueError):
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         raise InputError(f"--resume {folder} holds no options.json: give the folder of a run") from None
     if (folder / "metrics.json").is_file():
+        remove_journal(folder)
         raise InputError(f"--resume {folder} has finished: its figures are in metrics.json")
     known = {spec.name for spec in dataclasses.fields(Options)}
-    if values.keys() != known:
-        raise InputError(f"--resume {folder} was written by another version (options.json differs): start the run anew")
-    return _frozen(values), folder
+    if not isinstance(values, dict) or values.keys() != known:
+        odd = sorted(values.keys() ^ known)[0] if isinstance(values, dict) else "it holds no values by name"
+        raise InputError(f"--resume {folder} was written by another version (options.json: {odd}): start the run anew")
+    try:
+        chosen = parse(argv_of(values))[0]
+    except InputError as error:
+        raise InputError(f"--resume {folder}: options.json was edited ({error}): start the run anew") from None
+    parsed = json.loads(json.dumps(dataclasses.asdict(chosen)))
+    for name, value in values.items():
+        if parsed[name] != value or isinstance(parsed[name], bool) != isinstance(value, bool):
+            shown = json.dumps(value)[:60]
+            raise InputError(f"--resume {folder}: options.json was edited ({name} is {shown}): start the run anew")
+    return chosen, folder
+
+
+def argv_of(values: Mapping[str, Any]) -> list[str]:
+    """The words of the command line that say the same as the values of options.json."""
+    words = []
+    for name, value in values.items():
+        flag = "--model_path" if name == "model" else f"--{name}"
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is not None:
+            words.append(f"{flag}={value}")
+    return words

@@ -1,55 +1,48 @@
-"""Writing checkpoints: whole or not at all.
-
-A folder is written beside its target under a temporary name and takes the target's place by a rename; an existing
-checkpoint is kept until then.
-"""
+"""Writing checkpoints: what is saved is what was evaluated, as stock `transformers` will load it."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MambaForCausalLM, PreTrainedTokenizerBase
 
-from sparsessm.checkpoint import Source
-from sparsessm.errors import InputError
+from sparsessm import files
+from sparsessm.errors import InputError, first_line, storing
+from sparsessm.place import MASKS, RECORD, Place
 
-MASKS, RECORD = "masks.safetensors", "sparsessm.json"
+# Keys of a config by which stock transformers changes weights when it loads them: what we hold has been through that.
+_DONE_WHEN_LOADED = {"rescale_prenorm_residual": False}
 
 
-def check_target(target: str, source: Source) -> None:
-    """Whether a checkpoint can be written to `target`, before anything heavy starts.
+def size_needed(model: MambaForCausalLM) -> int:
+    """Bytes that a checkpoint of the model takes, masks of all entries included."""
+    return sum(parameter.numel() * (parameter.element_size() + 1) for parameter in model.parameters())
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the tokenizer, before anything heavy starts.
 
     Raises:
-        InputError: the target is the model itself, a file, a folder of something else, or cannot be written.
+        InputError: it cannot be written, or the disk refuses.
     """
-    path = Path(target).expanduser().absolute()
-    if path.exists():
-        if not path.is_dir():
-            raise InputError(f"--save {target} is a file: name a folder")
-        if path.resolve() == source.folder.resolve():
-            raise InputError(f"--save {target} is the model itself: name another folder")
-        if any(path.iterdir()) and not (path / "config.json").is_file():
-            raise InputError(f"--save {target} holds something that is no checkpoint: name a new folder")
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--save {target} cannot be written: {parent} is not a folder that you may write to")
-    needed = sum(file.stat().st_size for file in source.files)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputError(f"--save {target} needs about {needed >> 20} MiB and {parent} has {free >> 20} MiB free")
+    try:
+        with storing(f"the tokenizer in {folder.parent}"):
+            tokenizer.save_pretrained(folder)
+    except InputError:
+        raise
+    except Exception as error:  # what odd values in its files lead to is anything
+        raise InputError(f"the model's tokenizer cannot be saved ({first_line(error)}): correct its files") from error
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        kept = json.loads(config.read_text(encoding="utf-8"))
+        if kept.pop("auto_map", None) is not None:  # it names code that is not saved
+            config.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save(
@@ -58,12 +51,33 @@ def save(
     masks: Mapping[str, Tensor],
     record: Mapping[str, Any],
     target: str,
+    **layout: Any,
+) -> Path:
+    """Writes a whole checkpoint to the folder `target`; what it holds already is replaced, other files stay.
+
+    Args:
+        masks, record, layout: see `write_model`.
+
+    Raises:
+        StorageError: the disk is full or the target cannot be written; what was there is there as before.
+    """
+    with Place(target, size_needed(model)) as place:
+        write_tokenizer(tokenizer, place.staging)
+        write_model(model, masks, record, place, **layout)
+        return place.publish()
+
+
+def write_model(
+    model: MambaForCausalLM,
+    masks: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    place: Place,
     *,
     layout: str = "hf",
     raw_zeros: bool = False,
     original_config: Mapping[str, Any] | None = None,
-) -> Path:
-    """Writes config, weights, tokenizer, masks.safetensors and sparsessm.json to the folder `target`.
+) -> None:
+    """Writes config, weights, masks.safetensors and sparsessm.json to the staging folder of a place.
 
     Args:
         masks: by parameter name, True = pruned. A mask of removed states keeps the shape before the removal.
@@ -71,60 +85,32 @@ def save(
         layout: "hf", or "state-spaces" for what mamba_ssm loads (config.json, pytorch_model.bin).
         raw_zeros: write 0 for pruned entries of A_log.
         original_config: config.json of a state-spaces source, whose keys that pruning does not change are kept.
-
-    Raises:
-        InputError: the disk is full or the target cannot be written; nothing is left under the target's name.
     """
-    path = Path(target).expanduser().absolute()
-    staging = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _mend(path)
-        staging = path.with_name(f".{path.name}.partial")
-        staging.mkdir()
-        _write(model, masks, staging, layout, raw_zeros, original_config)
-        tokenizer.save_pretrained(staging)
+    with storing(str(place.path), "nothing was saved: make room, or name another place"):
+        state = model.state_dict()
+        if raw_zeros:
+            for name, mask in masks.items():
+                if name.endswith(".A_log") and mask.shape == state[name].shape:
+                    state[name] = state[name].masked_fill(mask, 0)
+        {"hf": _write_hf, "state-spaces": _write_state_spaces}[layout](model, state, place.staging, original_config or {})
         if masks:
-            save_file({name: mask.contiguous() for name, mask in sorted(masks.items())}, staging / MASKS)
-        (staging / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-        _publish(staging)
-        _replace(path, staging)
-    except Exception as error:  # the tokenizers package raises nothing more special
-        if not _is_storage_fault(error):
-            raise
-        raise InputError(f"{path} could not be written ({error}): nothing was saved, make room or name another place") from None
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-    return path
+            save_file({name: mask.contiguous() for name, mask in sorted(masks.items())}, place.staging / MASKS)
+        (place.staging / RECORD).write_text(files.strict_json(record, indent=2, sort_keys=True) + "\n")
 
 
-def _is_storage_fault(error: Exception) -> bool:
-    """Whether the disk refused; torch, safetensors and tokenizers wrap the system's error in their own."""
-    if isinstance(error, (OSError, SafetensorError)):
-        return True
-    refusals = [os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)]
-    return any(words in str(error) for words in (*refusals, "PytorchStreamWriter", "unexpected pos"))
+def _write_hf(model: MambaForCausalLM, state: dict[str, Tensor], folder: Path, _: Mapping[str, Any]) -> None:
+    for key, value in _DONE_WHEN_LOADED.items():
+        if hasattr(model.config, key):
+            setattr(model.config, key, value)
+    if hasattr(model.config, "auto_map"):
+        del model.config.auto_map  # it names code that is not saved
+    model.save_pretrained(folder, state_dict=state)
 
 
-def _write(
-    model: MambaForCausalLM,
-    masks: Mapping[str, Tensor],
-    folder: Path,
-    layout: str,
-    raw_zeros: bool,
-    original_config: Mapping[str, Any] | None,
+def _write_state_spaces(
+    model: MambaForCausalLM, state: dict[str, Tensor], folder: Path, original: Mapping[str, Any]
 ) -> None:
-    state = model.state_dict()
-    if raw_zeros:
-        for name, mask in masks.items():
-            if name.endswith(".A_log") and mask.shape == state[name].shape:
-                state[name] = state[name].masked_fill(mask, 0)
-    if layout == "hf":
-        model.save_pretrained(folder, state_dict=state)
-        return
-    config = _state_spaces_config(model, original_config or {})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(_state_spaces_config(model, original), indent=2) + "\n")
     renamed = {name.replace("backbone.embeddings.", "backbone.embedding."): tensor for name, tensor in state.items()}
     torch.save(renamed, folder / "pytorch_model.bin")
 
@@ -148,39 +134,3 @@ def _state_spaces_config(model: MambaForCausalLM, original: Mapping[str, Any]) -
         "pad_vocab_size_multiple": original.get("pad_vocab_size_multiple", 8 if rows % 8 == 0 else 1),
         "tie_embeddings": config.tie_word_embeddings,
     }  # fmt: skip
-
-
-def _publish(folder: Path) -> None:
-    """Gives a temporary folder, made for its owner alone, the permissions that new files would have; syncs it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-
-
-def _mend(path: Path) -> None:
-    """Clears what a killed run may have left beside the target; a target caught between two renames comes back."""
-    shutil.rmtree(path.with_name(f".{path.name}.partial"), ignore_errors=True)
-    previous = path.with_name(f".{path.name}.previous")
-    if previous.exists() and not path.exists():
-        previous.rename(path)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _replace(path: Path, staging: Path) -> None:
-    """Puts staging in the place of path; what was there comes back if that fails."""
-    if not path.exists():
-        staging.rename(path)
-        return
-    previous = path.with_name(f".{path.name}.previous")
-    path.rename(previous)
-    try:
-        staging.rename(path)
-    except OSError:
-        with suppress(OSError):
-            previous.rename(path)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)

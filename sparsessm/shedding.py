@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsessm import ranks
+from sparsessm.errors import DivergenceError
 from sparsessm.evaluation.perplexity import stream_loss
 from sparsessm.model.block import prune_transitions
 from sparsessm.pipeline import NO_PROGRESS, Masks, Progress, Report
 from sparsessm.pruning.shedder import greedy
-from sparsessm.walk import BlockView, DivergenceError, Stream, walk
+from sparsessm.walk import BlockView, Stream, walk
 
 # What a removal leaves of a block. ssm: its scan gives nothing, y = D u. mamba_block: nothing, it is the identity.
 SHED_TARGETS = ("ssm", "mamba_block")
@@ -75,8 +77,13 @@ def shed(
         report: called for each trial, and with the perplexity for each removal.
     """
     steps, done = plan.steps(stop - first), []
-    while len(done) < steps and (before := progress.load_figures(_step_name(len(done)))) is not None:
-        done.append(tuple(before))
+    while len(done) < steps:
+        gone = [layer for layer, _ in done]
+        before = progress.load_figures(_step_name(len(done)), lambda row: _fits(row, range(first, stop), gone))
+        if before is None:
+            break
+        layer, value = before
+        done.append((layer, math.inf if value is None else value))
     trials, found = _Trials(model, embed, windows, plan.target, report), Shed()
     rest = greedy(range(first, stop), trials.costs, steps, [layer for layer, _ in done])
     for step, (layer, value) in enumerate(chain(done, rest)):
@@ -103,6 +110,13 @@ def remove_block(model: nn.Module, index: int) -> None:
     model.config.num_hidden_layers -= 1
     for place, block in enumerate(model.backbone.layers):
         block.layer_idx = block.mixer.layer_idx = place
+
+
+def _fits(row: Any, layers: range, gone: Sequence[int]) -> bool:
+    """Whether a recorded step is (layer, perplexity) of a layer that was still there; no perplexity is an endless one."""
+    layer, value = row
+    known = isinstance(layer, int) and layer in layers and layer not in gone
+    return known and (value is None or (isinstance(value, float) and value > 0))
 
 
 def _step_name(step: int) -> str:

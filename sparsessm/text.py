@@ -22,6 +22,7 @@ Only these need the package `datasets`, and local .txt files do not.
 import hashlib
 import importlib.util
 import json
+import logging
 import platform
 import random
 import re
@@ -33,7 +34,9 @@ from typing import Any
 import torch
 
 from sparsessm import demo_text
-from sparsessm.errors import InputError
+from sparsessm.errors import InputError, first_line
+
+logger = logging.getLogger("sparsessm")
 
 DATASETS = ("wikitext2", "ptb", "c4", "demo")
 
@@ -104,7 +107,7 @@ def calibration_windows(
     if place.dataset == "c4":
         windows = _windows_of_documents(rows, tokenizer, nsamples, seqlen, rng, source)  # (nsamples, seqlen)
         return Tokens(windows, _sha256(windows), source)
-    stream = _tokenise(tokenizer, ("\n\n" if place.dataset == "demo" else " ").join(rows))  # (T,)
+    stream = _tokenise(tokenizer, ("\n\n" if place.dataset == "demo" else " ").join(_with_text(rows)))  # (T,)
     if len(stream) <= seqlen:
         raise _too_short(f"{source}: {len(stream)} tokens", seqlen)
     starts = [rng.randint(0, len(stream) - seqlen - 1) for _ in range(nsamples)]
@@ -122,7 +125,7 @@ def evaluation_stream(name: str, tokenizer: Any, seqlen: int, data_dir: str | Pa
     if place.dataset == "c4":
         rows = rows[:C4_EVALUATION_DOCUMENTS]
         source = f"{source}, of these the first {len(rows)}"
-    stream = _tokenise(tokenizer, (" " if place.dataset in ("ptb", "c4") else "\n\n").join(rows))  # (T,)
+    stream = _tokenise(tokenizer, (" " if place.dataset in ("ptb", "c4") else "\n\n").join(_with_text(rows)))  # (T,)
     if place.dataset == "c4":
         stream = stream[: C4_EVALUATION_WINDOWS * seqlen]
     if len(stream) < seqlen:
@@ -141,6 +144,14 @@ def cut_windows(ids: torch.LongTensor, seqlen: int, limit: int | None = None) ->
     return ids[: count * seqlen].view(count, seqlen)[:limit]
 
 
+def _with_text(rows: Sequence[str | None]) -> list[str]:
+    """The rows without those that hold null, which is said."""
+    found = [row for row in rows if row is not None]
+    if len(found) < len(rows):
+        logger.warning("warning: %d of %d rows hold no text (null) and are left out", len(rows) - len(found), len(rows))
+    return found
+
+
 def _windows_of_documents(
     rows: Sequence[str], tokenizer: Any, nsamples: int, seqlen: int, rng: random.Random, source: str
 ) -> torch.LongTensor:
@@ -156,7 +167,7 @@ def _windows_of_documents(
         document = rng.randint(0, len(rows) - 1)
         if document in short:
             continue
-        ids = _tokenise(tokenizer, rows[document])
+        ids = _tokenise(tokenizer, rows[document] or "")
         if len(ids) <= seqlen:
             short[document] = len(ids)
             continue
@@ -180,14 +191,15 @@ def _too_short(what: str, seqlen: int) -> InputError:
 
 def _locate(name: str, data_dir: str | Path | None, calibration: bool) -> _Place:
     """Settle where the split comes from; InputError if there is no such place, or the package to read it is missing."""
-    if data_dir is not None and not Path(data_dir).is_dir():
+    data_dir = None if data_dir is None else Path(data_dir).expanduser()
+    if data_dir is not None and not data_dir.is_dir():
         raise InputError(f"--data_dir {data_dir}: there is no such folder")
     if name not in DATASETS:
         return _locate_folder(name, calibration)
     if name == "demo":
         return _Place("demo", "demo", "train" if calibration else "test")
     splits = _splits(name, calibration)
-    place = _Place(name, "hub", splits[0]) if data_dir is None else _locate_local(name, Path(data_dir), splits)
+    place = _Place(name, "hub", splits[0]) if data_dir is None else _locate_local(name, data_dir, splits)
     if place.route != "txt" and importlib.util.find_spec("datasets") is None:
         raise InputError(f"reading {name} needs the package datasets: pip install datasets")
     return place
@@ -217,7 +229,10 @@ def _locate_folder(name: str, calibration: bool) -> _Place:
 def _locate_local(name: str, data_dir: Path, splits: tuple[str, ...]) -> _Place:
     """Search data_dir/name, or data_dir itself where it has no such folder, for the first of `splits` there is."""
     folder = data_dir / name if (data_dir / name).is_dir() else data_dir
-    files = sorted(folder.iterdir())
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder} cannot be listed ({error.strerror}): make it readable") from None
     if folder == data_dir:  # several sets may lie side by side there: leave out the files named after another one
         others = re.compile(rf"(?<![a-z0-9])({'|'.join(key.removesuffix('2') for key in COLUMNS if key != name)})")
         files = [path for path in files if not others.search(path.name.lower())]
@@ -246,7 +261,12 @@ def _locate_local(name: str, data_dir: Path, splits: tuple[str, ...]) -> _Place:
 def _saved_split(folder: Path) -> str | None:
     """The split that Dataset.save_to_disk noted in this folder; None if it noted none or was never called on it."""
     state = folder / "state.json"
-    return json.loads(state.read_text(encoding="utf-8")).get("_split") if state.is_file() else None
+    if not state.is_file():
+        return None
+    try:
+        return json.loads(state.read_text(encoding="utf-8")).get("_split")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{state} cannot be read ({first_line(error)}): copy the data set again") from None
 
 
 def _read(place: _Place) -> tuple[Sequence[str], str]:
@@ -266,10 +286,12 @@ def _read(place: _Place) -> tuple[Sequence[str], str]:
 def _read_lines(path: Path, strip: bool) -> list[str]:
     """Lines of a file, stripped (PTB) or by WikiText-2's rule: a blank line is empty, others keep their newline."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # a byte order mark is no text
             return [line.strip() if strip or not line.strip() else line for line in file]
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: convert it") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from None
 
 
 def _read_table(place: _Place) -> tuple[Any, str]:
@@ -284,7 +306,7 @@ def _read_table(place: _Place) -> tuple[Any, str]:
         # Files given without the names of their splits are all "train" to the loader, whatever they hold.
         return datasets.load_dataset(place.route, data_files=files, split="train"), origin
     except Exception as error:  # datasets, pyarrow and the decompressors share no base class
-        raise InputError(f"cannot read {origin} ({_first_line(error)}): is the file whole?") from error
+        raise InputError(f"cannot read {origin} ({first_line(error)}): is the file whole?") from error
 
 
 def _read_hub(place: _Place) -> tuple[Any, str]:
@@ -313,17 +335,16 @@ def _read_hub(place: _Place) -> tuple[Any, str]:
             files = keywords.get("data_files", {}).values()
             return table, " ".join(["the hub's", *(files or arguments)])
     raise InputError(
-        f"cannot load {place.dataset} from the hub ({_first_line(failure)}): --data_dir reads a local copy instead"
+        f"cannot load {place.dataset} from the hub ({first_line(failure)}): --data_dir reads a local copy instead"
     ) from failure
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def _column(table: Any, dataset: str, origin: str) -> Sequence[str]:
-    """The text column. C4's stays lazy: of its 356,317 documents a run reads a few hundred."""
+    """The text column. C4's stays lazy: of its 356,317 documents a run reads a few hundred. Rows may be None."""
     for name in COLUMNS[dataset]:
         if name in table.column_names:
-            return [row.strip() for row in table[name]] if dataset == "ptb" else table[name]
+            kind = getattr(table.features[name], "dtype", "lists")
+            if kind not in ("string", "large_string", "null"):
+                raise InputError(f"{origin}: the column {name} holds {kind}, not text: give another copy of {dataset}")
+            return [row and row.strip() for row in table[name]] if dataset == "ptb" else table[name]
     raise InputError(f"{origin} has the columns {', '.join(table.column_names)}: {dataset} needs {COLUMNS[dataset][0]}")

@@ -13,25 +13,22 @@ block some time steps after the other, so that what a block makes of them never 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sparsessm import ranks
+from sparsessm.errors import DivergenceError
 from sparsessm.memory import DiskTensor, default_budget, room
-from sparsessm.model.block import Carry, ScanInputs, Taps, block_forward, output, scan, scan_inputs
+from sparsessm.model.block import Carry, ScanInputs, Taps, block_forward, output, remove_states, scan, scan_inputs
 from sparsessm.model.matmul import linear
 from sparsessm.model.scan import SUM_DTYPE, ScanMoments
 from sparsessm.statistics import Accumulator, PairGram
 
 # Time steps that go through a block together: what bounds memory instead of the length of a window.
 STEPS_AT_ONCE = 128
-
-
-class DivergenceError(ArithmeticError):
-    """A layer put out values that are not finite."""
 
 
 @dataclass
@@ -45,6 +42,7 @@ class Stream:
         batch: windows that go through a block together.
         total: windows in all processes together.
         budget: bytes that a block may keep of what it has computed for its second pass.
+        gone: by parameter name, True where an entry was pruned before this run (sparsessm.history).
     """
 
     hidden: Tensor | DiskTensor
@@ -52,6 +50,7 @@ class Stream:
     batch: int
     total: int
     budget: int
+    gone: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
@@ -65,6 +64,7 @@ class Stream:
         batch: int,
         budget: int | None = None,
         scratch: str | Path | None = None,
+        gone: Mapping[str, Tensor] | None = None,
     ) -> Stream:
         """Looks up windows (n,L) of token ids in the embedding of the model; of several processes each takes its share.
 
@@ -76,7 +76,8 @@ class Stream:
         mine = ranks.share(windows, batch)
         shape = (*mine.shape, embeddings.weight.shape[1])
         hidden = room(shape, dtype, offload, scratch)
-        stream = cls(hidden, device, batch, len(windows), default_budget(device) if budget is None else budget)
+        budget = default_budget(device) if budget is None else budget
+        stream = cls(hidden, device, batch, len(windows), budget, gone or {})
         for rows in stream.batches():
             hidden[rows, :] = embeddings(mine[rows].to(embeddings.weight.device)).to(dtype)
         return stream
@@ -134,13 +135,33 @@ class BlockView:
         """The name of a parameter of the mixer in the checkpoint."""
         return f"backbone.layers.{self.index}.mixer.{name}"
 
+    def gone(self, name: str) -> Tensor | None:
+        """Which entries of a parameter of the mixer were pruned before this run, in its shape; None for none."""
+        mask = self.stream.gone.get(self.parameter_name(name))
+        return None if mask is None else mask.to(self.stream.device)
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor) -> None:
+        """Gives a parameter of the mixer new values: the only way to change one while its block is visited.
+
+        What `observe_states` kept is let go where it depends on the parameter.
+        """
+        self.block.mixer.get_parameter(name).data.copy_(value)
+        if name != "A_log":
+            self._kept.clear()
+
+    def remove_states(self, columns: Tensor) -> None:
+        """Takes the state columns that columns (N,) chooses out of the block."""
+        remove_states(self.block, columns)
+        self._kept.clear()
+
     @torch.no_grad()
     def observe(self, accumulators: Mapping[str, Accumulator], *, advance: bool = False) -> None:
         """Shows all windows' inputs of the named modules to their accumulators, those of all processes.
 
         With `advance` the outputs take the place of the inputs: for walks that look and change nothing.
         """
-        self.forget()  # the taps want to see all of the block
+        self._kept.clear()  # the taps want to see all of the block
         taps = {name: accumulator.update for name, accumulator in accumulators.items()}
         # what comes before out_proj is all that its own input needs
         self._run(taps, keep_outputs=advance, to_output=advance or "out_proj" in taps)
@@ -179,7 +200,7 @@ class BlockView:
         That is the stream after `teacher`, the block with the weights that it had, on the stream that it had, less the
         stream before this block. All processes see the sums of all.
         """
-        self.forget()
+        self._kept.clear()
         views = (self, teacher)
         for rows in self.stream.batches():
             conv, state = [None, None], [None, None]
@@ -197,7 +218,7 @@ class BlockView:
     @torch.no_grad()
     def output_error(self, other: BlockView) -> float:
         """Energy of the difference to what another block puts out, over that of the stream; first batch of each process."""
-        self.forget()
+        self._kept.clear()
         stream = self.stream
         sums = torch.zeros(2, dtype=SUM_DTYPE, device=stream.device)  # of the difference, of the stream
         for rows in stream.batches()[:1]:
@@ -217,13 +238,9 @@ class BlockView:
     def advance(self) -> None:
         """Replaces the stream by what leaves the block.
 
-        Of what `observe_states` kept, only the scan and out_proj are computed again: nothing but A_log may have changed.
+        Of what `observe_states` kept, only the scan and out_proj are computed again: no more than A_log has changed since.
         """
         self._run({}, keep_outputs=True, to_output=True)
-
-    def forget(self) -> None:
-        """Lets go of what `observe_states` kept: for changes of more than A_log."""
-        self._kept.clear()
 
     def _run(self, taps: Taps, *, keep_outputs: bool, to_output: bool) -> None:
         """All windows through the block, batch after batch, each in pieces."""

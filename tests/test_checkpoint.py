@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from sparsessm import checkpoint
+from sparsessm import checkpoint, tokenizing
 from sparsessm.errors import InputError
+from sparsessm.tokenizing import load_tokenizer
 
 VOCAB = 61  # of the state-spaces config, padded to 64 in the weights
 
@@ -146,7 +148,7 @@ def test_state_spaces_with_a_head_of_its_own(tmp_path, tiny_model, tiny_windows)
 def test_the_demo_is_a_name(tiny_windows):
     source = checkpoint.find("demo")
     assert source.layout == "hf" and checkpoint.load(source).config.num_hidden_layers == 6
-    assert checkpoint.load_tokenizer(source)("A window of time.")["input_ids"]
+    assert load_tokenizer(source)("A window of time.")["input_ids"]
 
 
 # --- dtypes --------------------------------------------------------------------------------------------------------
@@ -300,6 +302,7 @@ def test_a_missing_shard(tmp_path, tiny_model):
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}'])
 def test_an_index_that_is_none(saved, text):
+    (saved / "model.safetensors").unlink()
     (saved / "model.safetensors.index.json").write_text(text)
     assert complaint(saved)
 
@@ -368,10 +371,10 @@ def test_torch_load_is_called_with_weights_only_wherever_it_is():
 
 
 def test_no_tokenizer_at_hand(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FALLBACK_TOKENIZER", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(tokenizing, "FALLBACK_TOKENIZER", str(tmp_path / "nowhere"))
     folder = write_state_spaces(tmp_path / "original", tiny_model())
     with pytest.raises(InputError, match="tokenizer.json") as caught:
-        checkpoint.load_tokenizer(checkpoint.find(str(folder)))
+        load_tokenizer(checkpoint.find(str(folder)))
     assert "\n" not in str(caught.value)
 
 
@@ -379,12 +382,141 @@ def test_a_broken_tokenizer_of_its_own(tiny_checkpoint):
     folder = tiny_checkpoint()
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(InputError) as caught:
-        checkpoint.load_tokenizer(checkpoint.find(str(folder)))
+        load_tokenizer(checkpoint.find(str(folder)))
     assert "\n" not in str(caught.value)
 
 
 def test_the_state_spaces_layout_falls_back_to_the_neox_tokenizer(tmp_path, tiny_model, shared_dir, monkeypatch):
-    assert checkpoint.FALLBACK_TOKENIZER == "EleutherAI/gpt-neox-20b"
-    monkeypatch.setattr(checkpoint, "FALLBACK_TOKENIZER", str(shared_dir / "tokenizers" / "gpt-neox-20b"))
-    folder = write_state_spaces(tmp_path / "original", tiny_model())
-    assert len(checkpoint.load_tokenizer(checkpoint.find(str(folder)))) > 50_000
+    assert tokenizing.FALLBACK_TOKENIZER == "EleutherAI/gpt-neox-20b"
+    monkeypatch.setattr(tokenizing, "FALLBACK_TOKENIZER", str(shared_dir / "tokenizers" / "gpt-neox-20b"))
+    folder = write_state_spaces(tmp_path / "original", tiny_model(vocab_size=50280), vocab_size=50277)
+    assert len(load_tokenizer(checkpoint.find(str(folder)))) == 50277
+    small = write_state_spaces(tmp_path / "small", tiny_model())
+    with pytest.raises(InputError, match="does not fit the model: it makes the ids 0 to 50276, the embedding has 64 rows"):
+        load_tokenizer(checkpoint.find(str(small)))
+
+
+# --- what stock would load, and what is refused --------------------------------------------------------------------
+
+
+def stock_logits(folder: Path, windows) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()(windows).logits
+
+
+def as_stock(folder: Path, windows) -> None:
+    model = checkpoint.load(checkpoint.find(str(folder)))
+    assert torch.equal(model(windows).logits, stock_logits(folder, windows))
+
+
+def test_a_head_beside_a_config_that_ties_it(saved, tiny_windows):
+    head = 0.1 * torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    rewrite_tensors(saved, lambda tensors: tensors.update({"lm_head.weight": head}))
+    as_stock(saved, tiny_windows())
+    model = checkpoint.load(checkpoint.find(str(saved)))
+    assert torch.equal(model.lm_head.weight, head) and model.config.tie_word_embeddings is False
+
+
+def test_only_the_head_of_a_tied_model(saved, tiny_windows):
+    rewrite_tensors(saved, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("backbone.embeddings.weight")}))
+    as_stock(saved, tiny_windows())
+
+
+def test_an_index_and_shards_of_an_earlier_save_beside_the_weights(saved, tiny_model, tiny_windows):
+    save_file(dict(tiny_model(seed=3).state_dict().items()) | {"lm_head.weight": torch.zeros(1)}, saved / "model-00001-of-00001.safetensors")
+    names = dict.fromkeys(load_file(saved / "model.safetensors"), "model-00001-of-00001.safetensors")
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    as_stock(saved, tiny_windows())
+    assert [file.name for file in checkpoint.find(str(saved)).files] == ["model.safetensors"]
+
+
+def test_weights_without_the_prefix_of_their_model(saved, tiny_windows):
+    """As a MambaModel saves itself."""
+    tensors = load_file(saved / "model.safetensors")
+    save_file({name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}, saved / "model.safetensors")
+    as_stock(saved, tiny_windows())
+
+
+def test_a_config_key_that_rescales_weights_when_they_are_loaded(saved, tiny_model, tiny_windows):
+    rewrite_config(saved, rescale_prenorm_residual=True)
+    as_stock(saved, tiny_windows())
+    name = "backbone.layers.1.mixer.out_proj.weight"
+    loaded = checkpoint.load(checkpoint.find(str(saved))).state_dict()[name]
+    torch.testing.assert_close(loaded, tiny_model().state_dict()[name] / 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised weights"),
+     ({"transformers_weights": "other.safetensors"}, "weight files of its own")],
+    ids=str,
+)  # fmt: skip
+def test_configs_that_are_refused(saved, changes, says):
+    rewrite_config(saved, **changes)
+    assert says in complaint(saved)
+
+
+def test_an_adapter_is_refused(saved):
+    (saved / "adapter_config.json").write_text("{}")
+    assert "adapter" in complaint(saved) and "merge" in complaint(saved)
+
+
+@pytest.mark.parametrize("changes", [{"d_attn": 3}, {"ssm_cfg": {"d_state": 6, "dt_rank": 3, "chunk_size": 8}}], ids=str)
+def test_keys_that_the_state_spaces_layout_has_not(tmp_path, tiny_model, changes):
+    folder = write_state_spaces(tmp_path / "original", tiny_model(), **changes)
+    assert "keys that no Mamba-1 model" in complaint(folder) and sorted(changes)[0][:6] in complaint(folder) + "ssm_cfg"
+
+
+def test_a_state_spaces_head_that_its_config_denies(tmp_path, tiny_model):
+    folder = write_state_spaces(tmp_path / "original", tiny_model(tie_word_embeddings=False))
+    assert "set tie_embeddings to false" in complaint(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b.safetensors"])
+def test_an_index_that_names_files_outside_the_folder(saved, name):
+    (saved / "model.safetensors").rename(saved.parent / "secret.safetensors")
+    index = {"weight_map": {"backbone.norm_f.weight": name}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "outside the model's folder" in complaint(saved)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 5000])
+def test_a_generation_config_that_is_none(saved, text):
+    (saved / "generation_config.json").write_text(text)
+    assert "generation_config.json" in complaint(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(saved, value):
+    rewrite_tensors(saved, lambda tensors: tensors["backbone.layers.1.mixer.D"][3:4].fill_(value))
+    assert "backbone.layers.1.mixer.D has values that are not finite: the weights are broken" in complaint(saved)
+
+
+def test_weights_that_the_dtype_cannot_hold_are_named(saved):
+    rewrite_tensors(saved, lambda tensors: tensors["backbone.layers.1.mixer.in_proj.weight"][0].fill_(1e5))
+    source = checkpoint.find(str(saved))
+    assert checkpoint.load(source, "bfloat16")
+    with pytest.raises(InputError, match="layers.1.mixer.in_proj.weight has values that are not finite: try --dtype float32"):
+        checkpoint.load(source, "float16")
+
+
+@pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks://127.0.0.1:9"), ("HTTPS_PROXY", "http://proxy:port")])
+def test_proxies_that_make_no_sense_are_one_line(monkeypatch, name, value):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv(name, value)
+    assert "proxies" in complaint("acme/none")
+
+
+def test_a_checkpoint_that_was_stepping_aside_when_its_run_was_killed_is_loaded(saved, tiny_model, tiny_windows):
+    (saved / ".sparsessm-moving").mkdir()
+    (saved / "model.safetensors").rename(saved / ".sparsessm-moving" / "model.safetensors")
+    same_logits(saved, tiny_model(), tiny_windows())
+
+
+def test_the_fingerprint_sees_one_changed_bit(saved):
+    source = checkpoint.find(str(saved))
+    one, other = checkpoint.load(source), checkpoint.load(source)
+    assert checkpoint.fingerprint(one) == checkpoint.fingerprint(other)
+    other.backbone.layers[1].mixer.D.view(torch.int32)[0] ^= 1
+    assert checkpoint.fingerprint(one) != checkpoint.fingerprint(other)

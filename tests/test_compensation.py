@@ -142,15 +142,17 @@ class Memory(NoProgress):
     def __init__(self):
         self.layers, self.figures = {}, {}
 
-    def load(self, phase, layer):
+    def load(self, phase, layer, values, masks):
         return self.layers.get((phase, layer))
 
     def store(self, phase, layer, values, masks):
         copies = ({name: tensor.clone() for name, tensor in found.items()} for found in (values, masks))
         self.layers[phase, layer] = tuple(copies)
 
-    def load_figures(self, name):
-        return self.figures.get(name)
+    def load_figures(self, name, check):
+        found = self.figures.get(name)
+        assert found is None or check(found)
+        return found
 
     def store_figures(self, name, figures):
         self.figures[name] = figures

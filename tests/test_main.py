@@ -153,7 +153,7 @@ def test_raw_zeros_are_saved_as_released(run_main, tmp_path):
         ([*QUICK, "--method", "sparsessm", "--prune_A", "--sparsity", "1.2"], "--sparsity"),
         ([*QUICK, "--device", "cuda:99"], "--device cuda:99"),
         ([*QUICK, "--save", "main.py"], "is a file"),
-        ([*QUICK, "--save", "tests"], "no checkpoint"),
+        ([*QUICK, "--save", "tests"], "is not empty"),
         ([*QUICK, "--save", "data/mamba-demo"], "is the model itself"),
         ([*QUICK, "--base_dir", "main.py"], "--base_dir"),
         (["demo", "demo", "--seqlen", "99999999"], "--seqlen"),

@@ -49,7 +49,7 @@ def test_every_cell_of_every_table_is_a_command_that_main_takes(name):
         (cell,) = line.cells
         chosen, resumed = options.parse(cell.command(Path("runs")))
         assert resumed is None and chosen.model == line.model and chosen.ppl_datasets == tuple(table.ppl_datasets)
-        assert (chosen.base_dir, chosen.experiment_name) == ("runs", cell.name)
+        assert (chosen.base_dir, chosen.experiment_name) == (str(Path("runs").absolute()), cell.name)
     assert len({line.cells[0].name for line in lines}) == len(lines)
 
 

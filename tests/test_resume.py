@@ -41,10 +41,10 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(undisturbed, tmp_path):
     """Killed at several random moments of its work, and at last let finish."""
-    rng, out, runs = random.Random(), tmp_path / "out", tmp_path / "runs"
+    rng, out, runs = random.Random(0), tmp_path / "out", tmp_path / "runs"
     process = command(*WORDS, "--base_dir", str(runs), "--save", str(out))
     kills = 0
-    while kills < 4 and (before := progress(runs)) < 10:  # of 17 records; a kill after the last would be none
+    while kills < 3 and (before := progress(runs)) < 10:  # of 17 records; a kill after the last would be none
         while progress(runs) == before and process.poll() is None:
             time.sleep(0.01)  # until it has got further than last time
         time.sleep(rng.uniform(0, 0.4))
@@ -89,8 +89,8 @@ def test_processes_share_a_job_and_agree_with_one(undisturbed, tmp_path, count):
     assert all(torch.allclose(weights[name], one[name], rtol=1e-4, atol=1e-6) for name in one)
     assert len(out.strip().splitlines()) == 3  # one table, from one process
     (run,) = tmp_path.glob("runs/default/*")
-    # layers, perplexities, phases (load, eval, prune, eval), the end
-    assert len((run / "events.jsonl").read_text().splitlines()) == 3 * 6 + 2 + 4 + 1
+    # the comparison with stock, layers, perplexities, phases (load, eval, prune, eval), the end
+    assert len((run / "events.jsonl").read_text().splitlines()) == 1 + 3 * 6 + 2 + 4 + 1
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Mamba-Shedder against brute force by stock transformers, and what it leaves: counts, folders, records."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -257,6 +258,8 @@ def test_the_command_goes_on_where_it_was(run_main, tmp_path, text_folder, targe
     (whole.folder / "layers").mkdir()
     record = (first["layer"], first["perplexity"])
     (whole.folder / "layers" / "shed-0000.json").write_text(json.dumps(record))
+    stamp = hashlib.sha256(before["sparsessm.json"]).hexdigest()
+    (whole.folder / "layers" / "saved.json").write_text(json.dumps(stamp))
     resumed = run_main(["--resume", whole.folder], base_dir=False)
     assert resumed.code == 0, resumed.stderr
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before

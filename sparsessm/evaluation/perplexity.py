@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsessm import ranks
+from sparsessm.errors import DivergenceError
 from sparsessm.model.matmul import linear
 from sparsessm.walk import Stream, walk
 
@@ -21,11 +22,15 @@ _LOGITS_AT_ONCE = 1 << 25
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(total negative log likelihood / predicted tokens), and over how much it was taken."""
+    """exp(total negative log likelihood / predicted tokens), and over how much it was taken.
+
+    note: why value is endless, None where it is a number.
+    """
 
     value: float
     windows: int
     tokens: int
+    note: str | None = None
 
 
 @torch.no_grad()
@@ -40,6 +45,9 @@ def perplexity(
 
     Log likelihoods are taken in float32 and summed in float64. `report("eval", layer)` is called after each layer;
     `placement` is what Stream.embed takes: device, offload, batch ...
+
+    Raises:
+        DivergenceError: a layer or the head puts out values that are not finite.
     """
     stream = Stream.embed(model, windows, **placement)
     for view in walk(model, stream):
@@ -49,7 +57,11 @@ def perplexity(
     ranks.all_sum(loss)
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     mean = float(loss) / tokens
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.shape[0], tokens)
+    if not math.isfinite(mean):
+        raise DivergenceError("the head puts out values that are not finite: try --dtype float32")
+    if mean >= 700:
+        return Perplexity(math.inf, len(windows), tokens, f"beyond any number: {mean:.1f} nats per token")
+    return Perplexity(math.exp(mean), len(windows), tokens)
 
 
 @torch.no_grad()
@@ -70,12 +82,20 @@ def stream_loss(model: nn.Module, stream: Stream, windows: Tensor) -> Tensor:
 
 def _negative_log_likelihood(model: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
     """Sum over the batch of -log p(token | tokens before it), () float64; hidden (B,L,M), ids (B,L)."""
-    norm, head = model.backbone.norm_f, model.lm_head
-    x = norm(hidden.to(norm.weight.dtype))[:, :-1].flatten(0, 1)  # (B,L,M) -> (B*(L-1),M)
+    x = model.backbone.norm_f(hidden.to(model.backbone.norm_f.weight.dtype))[:, :-1].flatten(0, 1)  # (B*(L-1),M)
     targets = ids[:, 1:].flatten()
-    rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    rows = max(1, _LOGITS_AT_ONCE // model.lm_head.weight.shape[0])
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for part, target in zip(x.split(rows), targets.split(rows), strict=True):
-        logits = linear(part, head.weight, head.bias)  # (rows,V)
-        total += F.cross_entropy(logits.float(), target, reduction="none").double().sum()
+        total += F.cross_entropy(_head(model, part).float(), target, reduction="none").double().sum()
     return total
+
+
+def logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """What the model says of hidden (...,M), what left its last block: (...,V)."""
+    norm = model.backbone.norm_f
+    return _head(model, norm(hidden.to(norm.weight.dtype)))
+
+
+def _head(model: nn.Module, x: Tensor) -> Tensor:
+    return linear(x, model.lm_head.weight, model.lm_head.bias)

@@ -19,7 +19,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from torch import nn
 
 from sparsessm import ranks
 from sparsessm.errors import InputError
+from sparsessm.parity import stock_torch_path
 
 logger = logging.getLogger("sparsessm")
 
@@ -40,12 +41,11 @@ _INSTALL = "pip install -r requirements-zero-shot.txt"
 _harness_logger = logging.getLogger("lm_eval")
 
 
-def load_tasks(names: Sequence[str], include: str | None, device: torch.device) -> dict[str, Any]:
+def load_tasks(names: Sequence[str], include: str | None) -> dict[str, Any]:
     """The harness's tasks with their documents, by name, set to no examples in the prompt.
 
     Args:
         include: a folder of further task YAMLs, which come before the harness's own of the same name.
-        device: where the model will compute.
 
     Raises:
         InputError: what is needed is not installed, or a task, its folder or its documents cannot be had or used.
@@ -53,11 +53,6 @@ def load_tasks(names: Sequence[str], include: str | None, device: torch.device) 
     missing = [package for package in ("lm_eval", "accelerate") if importlib.util.find_spec(package) is None]
     if missing:
         raise InputError(f"--eval_zero_shot needs {' and '.join(missing)}: {_INSTALL}, or leave the flag out")
-    if device.type == "cpu" and importlib.util.find_spec("mamba_ssm") is not None:
-        raise InputError(
-            "--eval_zero_shot cannot run on the CPU beside mamba-ssm, whose GPU kernels transformers would call: "
-            "use --device cuda, or an environment without mamba-ssm"
-        )
     declared = _declared(Path(include).expanduser()) if include else {}
     with _bars_for_watchers():
         from lm_eval.tasks import TaskManager
@@ -167,15 +162,27 @@ def accuracy(
     metric = metric_of(name, task.aggregation())
     home = next(model.parameters()).device
     model.to(device)
-    with _harness_log(), _bars_for_watchers():
-        adapter = _adapter(model, tokenizer, batch)
-        outcome = evaluate(lm=adapter, task_dict={"tasks": {name: task}}, bootstrap_iters=0, log_samples=True)
-    model.to(home)
+    try:
+        with _harness_log(), _bars_for_watchers(), stock_torch_path(model) if device.type == "cpu" else nullcontext():
+            adapter = _adapter(model, tokenizer, batch)
+            outcome = evaluate(lm=adapter, task_dict={"tasks": {name: task}}, bootstrap_iters=0, log_samples=True)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise  # named where every step's is
+        raise _failure(name, error) from error
+    except Exception as error:  # of the harness, of a task's own functions, of odd documents: they share no base class
+        raise _failure(name, error) from error
+    finally:
+        model.to(home)
     figures = outcome["results"][name]
     key = next(key for key in figures if key.startswith(f"{metric},"))  # "acc,none": the metric and a filter's name
     scores = [float(sample[metric]) for sample in outcome["samples"][name] if f"{metric},{sample['filter']}" == key]
     error = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
     return {"metric": metric, "value": float(figures[key]), "stderr": error, "documents": len(scores)}
+
+
+def _failure(name: str, error: Exception) -> InputError:
+    return InputError(f"the zero-shot task {name} failed ({_line(error)}): correct its documents, or leave the task out")
 
 
 def _adapter(model: nn.Module, tokenizer: Any, batch: int) -> Any:

@@ -17,11 +17,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sparsessm.errors import InputError
 
 # Sums over samples are kept in float64: each term is a float32 product, or a float32 sum of the products of a few samples
 # of a batch, so the order in which batches (or processes) arrive moves the sum by about 1e-16 and the float32 value read
@@ -74,6 +77,10 @@ class ScanMoments:
     def tensors(self) -> list[Tensor]:
         """The sums that are kept, in the order of FIELDS: what processes add up among themselves."""
         return [value for name in self.FIELDS if (value := getattr(self, name)) is not None]
+
+    def wanted(self) -> frozenset[str]:
+        """The names of the sums that are kept."""
+        return frozenset(name for name in self.FIELDS if getattr(self, name) is not None)
 
     def needs_twin(self) -> bool:
         """Whether a scan has to run the recurrence with A = -1 beside its own."""
@@ -168,7 +175,7 @@ def _add_gram(gram: Tensor, lost: Tensor) -> None:
 KERNELS = ("ref", "cpu", "cuda")
 _forced = os.environ.get("SPARSESSM_SCAN") or None
 if _forced is not None and _forced not in KERNELS:
-    raise ValueError(f"SPARSESSM_SCAN is {_forced!r}, can be one of {', '.join(KERNELS)}")
+    raise InputError(f"SPARSESSM_SCAN is {_forced!r}, can be one of {', '.join(KERNELS)}: correct it, or unset it")
 
 
 @contextmanager
@@ -202,18 +209,28 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan_ref` by the fastest kernel that there is for the inputs: same arguments, same results to rounding.
 
-    Float64 inputs and inputs that want gradients go to the reference.
+    Float64 inputs and inputs that want gradients go to the reference, and so do sums that the kernel does not provide.
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias, h0)
     name = _forced or _choose_kernel(u.device.type)
     if u.dtype == torch.float64 or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         name = "ref"
+    if moments is not None and not moments.wanted() <= provided(name):
+        name = "ref"
     return _load_kernel(name)(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, moments)
+
+
+def provided(kernel: str) -> frozenset[str]:
+    """The sums that a kernel fills: its module says so, the reference knows them all."""
+    return frozenset(ScanMoments.FIELDS) if kernel == "ref" else _kernel_module(kernel).PROVIDES
 
 
 @functools.cache
 def _choose_kernel(device: str) -> str:
     """The name of the kernel for a kind of device; says so if a package that would make it fast does not work."""
+    if device == "cpu" and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        warnings.warn("NUMBA_DISABLE_JIT is set: the slow scan takes the place of the fast one", stacklevel=3)
+        return "ref"
     if device not in ("cpu", "cuda") or importlib.util.find_spec({"cpu": "numba", "cuda": "triton"}[device]) is None:
         return "ref"
     try:
@@ -227,6 +244,8 @@ def _choose_kernel(device: str) -> str:
 @functools.cache
 def _load_kernel(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """The function of a kernel. Its module, and the compiler that this needs, are loaded when first used."""
-    if name == "ref":
-        return selective_scan_ref
-    return getattr(importlib.import_module(f"sparsessm.model.scan_{name}"), f"selective_scan_{name}")
+    return selective_scan_ref if name == "ref" else getattr(_kernel_module(name), f"selective_scan_{name}")
+
+
+def _kernel_module(name: str) -> ModuleType:
+    return importlib.import_module(f"sparsessm.model.scan_{name}")

@@ -7,6 +7,7 @@ there are, for the cut does not.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +20,28 @@ from sparsessm.model.lanes import LANES, LOG2E
 from sparsessm.model.scan import EFFECTS, ScanMoments, selective_scan_ref
 from sparsessm.threads import for_each
 
+PROVIDES = frozenset({"h2", "abar", "hh", "gram"})
+
 # Pieces that a scan is cut into at the least: the threads that can share it.
 PIECES = 16
 
 
 def _cached(source: str):
-    """`scan_piece`, compiled once and kept on disk.
+    """`scan_piece`, compiled once and kept on disk, or compiled anew in each process where no folder takes it.
 
     numba looks only at the file of a function to tell whether what it kept is still good; what it closes over is part
     of the name, so a change of the source that it is made of counts as well.
     """
 
-    @njit(nogil=True, cache=True)
     def scan(task):
         if len(source) > 0:
             scan_piece.scan_piece(*task)
 
-    return scan
+    try:
+        return njit(nogil=True, cache=True)(scan)
+    except RuntimeError as error:  # numba finds no place for its cache: neither beside the code nor in the home
+        warnings.warn(f"compiled code cannot be kept ({error}); set NUMBA_CACHE_DIR to save its seconds", stacklevel=2)
+        return njit(nogil=True)(scan)
 
 
 _sources = [Path(module.__file__).read_bytes() for module in (lanes, scan_piece)]

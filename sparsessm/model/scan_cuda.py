@@ -22,6 +22,8 @@ from sparsessm.model import triton_kernels as kernels
 from sparsessm.model.peers import agrees, first_line
 from sparsessm.model.scan import EFFECTS, SUM_DTYPE, ScanMoments, selective_scan_ref
 
+PROVIDES = frozenset({"h2", "abar", "hh", "gram"})
+
 # Samples whose states a program keeps side by side to sum over them; more go through one launch after the other.
 SAMPLES = 8
 # Elements of a tile for each warp that works on it: 16 states, or 32 products, in a thread.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsessm.pruning.patterns import Pattern
+from sparsessm.pruning.patterns import Columns, Pattern, choose
 
 # Rows of a batched selection that are held at once: bounds the temporary masks, not the result.
 _VOTE_ELEMENTS = 1 << 24
@@ -46,13 +46,18 @@ def time_weights(rule: str, L: int, parameter: float | None = None) -> Tensor:
 class Aggregator:
     """Takes S[t0:t0+T] (T,D,N) piece by piece with `update`; `scores()` is then (D,N), low means prunable."""
 
-    def __init__(self, rule: str, L: int, pattern: Pattern, parameter: float | None = None) -> None:
-        self.pattern = pattern
+    def __init__(
+        self, rule: str, L: int, pattern: Pattern, parameter: float | None = None, gone: Tensor | None = None
+    ) -> None:
+        """gone: (D,N), entries that were pruned before: the pattern chooses them first at every step."""
+        self.pattern, self.gone = pattern, gone
         self.weights = None if rule == "vote" else time_weights(rule, L, parameter)
         self.total: Tensor | float = 0.0
 
     def update(self, scores: Tensor, start: int) -> None:
         """Adds the steps start, start+1, ... of a window."""
+        if isinstance(self.pattern, Columns) and self.gone is not None:
+            scores = scores.masked_fill(self.gone, 0)
         if self.weights is not None:
             weights = self.weights[start : start + scores.shape[0]].to(scores.device)
             self.total = self.total + torch.tensordot(weights, scores.to(weights.dtype), dims=1)
@@ -62,7 +67,8 @@ class Aggregator:
         rows = max(1, _VOTE_ELEMENTS // scores.shape[1:].numel())
         for piece in scores.split(rows):
             # float32 is what a score is accurate to; in it equal scores are equal, and ties go by index
-            self.total = self.total - self.pattern(piece.float()).sum(0, dtype=torch.float32)
+            gone = None if self.gone is None else self.gone.expand(piece.shape)
+            self.total = self.total - choose(self.pattern, piece.float(), gone).sum(0, dtype=torch.float32)
 
     def scores(self) -> Tensor:
         """(D,N): minus the number of votes to prune, or the weighted sum."""

@@ -12,15 +12,12 @@ import logging
 import torch
 from torch import Tensor
 
-from sparsessm.pruning.patterns import NofM, Pattern, PerRow, Unstructured
+from sparsessm.errors import SolverError
+from sparsessm.pruning.patterns import NofM, Pattern, PerRow, Unstructured, choose, spread_rest
 
 logger = logging.getLogger(__name__)
 
 _TRIES = 4
-
-
-class SolverError(ArithmeticError):
-    """A Hessian that stays indefinite however much it is damped."""
 
 
 def inverse_factor(H: Tensor, percdamp: float, name: str) -> Tensor:
@@ -52,7 +49,13 @@ def inverse_factor(H: Tensor, percdamp: float, name: str) -> Tensor:
 
 
 def prune_obs(
-    W: Tensor, H: Tensor, pattern: Pattern, blocksize: int = 128, percdamp: float = 0.01, name: str = "weight"
+    W: Tensor,
+    H: Tensor,
+    pattern: Pattern,
+    blocksize: int = 128,
+    percdamp: float = 0.01,
+    name: str = "weight",
+    gone: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Prunes W column by column and lets the columns to the right make up for it.
 
@@ -61,12 +64,16 @@ def prune_obs(
         pattern: Unstructured chooses in each block of columns, over all rows and all G, by w^2 / U_ii^2; NofM at the
             first column of each group, from the weights as updated by then.
         blocksize: columns per block, a multiple of m for NofM. percdamp: see inverse_factor. name: for messages.
+        gone: bool in the shape of W, entries that were pruned before: they are zero and stay it.
 
     Returns:
         The new weights and the mask (True = pruned), in the shape of W; pruned weights are exactly zero.
     """
     shape = W.shape
     W = W.reshape(-1, *shape[-2:]).to(H.dtype).clone()
+    if gone is not None:
+        gone = gone.reshape(W.shape)
+        W.masked_fill_(gone, 0)
     H = H.reshape(-1, *H.shape[-2:]).clone()
     cols = W.shape[-1]
     if isinstance(pattern, NofM) and (cols % pattern.m or blocksize % pattern.m):
@@ -84,13 +91,18 @@ def prune_obs(
         block, errors = W[..., start:stop].clone(), torch.zeros_like(W[..., start:stop])
         factor = U[:, start:stop, start:stop]
         pivots = factor.diagonal(dim1=-2, dim2=-1)[:, None, :]  # (G,1,columns of the block)
+        before = None if gone is None else gone[..., start:stop]
         if not isinstance(pattern, NofM):
-            scores = (block / pivots).square()
-            mask[..., start:stop] = pattern(scores.flatten(0, 1)).view(block.shape)  # (G,rows,cols) -> (G*rows,cols)
+            scores = (block / pivots).square().flatten(0, 1)  # (G,rows,cols) -> (G*rows,cols)
+            before = None if before is None else before.flatten(0, 1)
+            mask[..., start:stop] = choose(spread_rest(pattern, gone, before), scores, before).view(block.shape)
         for i in range(stop - start):
             if isinstance(pattern, NofM) and i % pattern.m == 0:
                 group = slice(i, i + pattern.m)
-                mask[..., start + i : start + i + pattern.m] = pattern((block[..., group] / pivots[..., group]).square())
+                scores = (block[..., group] / pivots[..., group]).square()
+                mask[..., start + i : start + i + pattern.m] = choose(
+                    pattern, scores, None if before is None else before[..., group]
+                )
             column = block[..., i]
             error = torch.where(mask[..., start + i], column, 0) / pivots[..., i]  # (w - q) / U_ii
             block[..., i].masked_fill_(mask[..., start + i], 0)
@@ -133,17 +145,19 @@ def polish(
     return V
 
 
-def prune_magnitude(W: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def prune_magnitude(W: Tensor, pattern: Pattern, gone: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sets the entries of W (rows,cols) with the smallest absolute values to zero (Han et al. 2015)."""
-    mask = pattern(W.abs())
+    mask = choose(pattern, W.abs(), gone)
     return W.masked_fill(mask, 0), mask
 
 
-def prune_wanda(W: Tensor, energy: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def prune_wanda(
+    W: Tensor, energy: Tensor, pattern: Pattern, gone: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Wanda (Sun et al. 2023): scores abs(W) |X_j|, compared within each output row.
 
     W: (rows,cols). energy: (cols,) or (rows,cols), sum of squares of each input, on any scale.
     """
     per_row = PerRow(pattern.sparsity) if isinstance(pattern, Unstructured) else pattern
-    mask = per_row(W.abs() * energy.to(W.dtype).sqrt())
+    mask = choose(per_row, W.abs() * energy.to(W.dtype).sqrt(), gone)
     return W.masked_fill(mask, 0), mask

@@ -5,13 +5,16 @@ Ties break toward the lower flat index, on every device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparsessm.errors import NumericalError
 from sparsessm.threads import for_each
 
 Pattern = Callable[[Tensor], Tensor]  # scores (...,rows,cols) -> bool mask of the same shape, True = pruned
@@ -21,13 +24,13 @@ def lowest(scores: Tensor, k: int) -> Tensor:
     """Marks the k lowest of the last dimension, of equals the ones with the lower index.
 
     Raises:
-        ValueError: where NaN leaves no order to choose by.
+        NumericalError: where NaN leaves no order to choose by.
     """
     size = scores.shape[-1]
     if k <= 0 or k >= size:
         return torch.full(scores.shape, k > 0, dtype=torch.bool, device=scores.device)
     if scores.numel() and torch.isnan(scores.amax()):  # which is NaN where any is
-        raise ValueError("scores hold NaN: there is no lowest to choose")
+        raise NumericalError("the scores hold NaN: there is no lowest to choose")
     threshold = _kth_lowest(scores, k)
     chosen = scores <= threshold
     extra = chosen.sum(-1, dtype=torch.int64) > k
@@ -37,6 +40,40 @@ def lowest(scores: Tensor, k: int) -> Tensor:
         room = k - below.sum(-1, keepdim=True)
         chosen[extra] = below | (tied & (tied.cumsum(-1) <= room))
     return chosen
+
+
+def choose(pattern: Pattern, scores: Tensor, gone: Tensor | None = None) -> Tensor:
+    """The mask that a pattern asks for, in which all that was gone before stays: it counts, and is chosen first.
+
+    Of whole columns it is the price that what is gone adds nothing to.
+
+    gone: bool, in the shape of the scores.
+    """
+    if gone is None:
+        return pattern(scores)
+    if isinstance(pattern, Columns):
+        return pattern(scores.masked_fill(gone, 0))
+    return pattern(scores.masked_fill(gone, -math.inf)) | gone
+
+
+_P = TypeVar("_P")
+
+
+def spread_rest(pattern: _P, gone: Tensor | None, part: Tensor | None) -> _P:
+    """The pattern for a part of a matrix, so that the whole ends with the pattern's share although some is gone before.
+
+    What is still to go is spread evenly over what is still there. Only Unstructured has a share to adapt.
+
+    Args:
+        gone: of the whole matrix. part: of the part, a view into it.
+    """
+    if gone is None or part is None or not isinstance(pattern, Unstructured) or not part.numel():
+        return pattern
+    left = int((~gone).sum())
+    missing = max(0, round(pattern.sparsity * gone.numel()) - int(gone.sum()))
+    before = int(part.sum())
+    more = missing * (part.numel() - before) / left if left else 0
+    return replace(pattern, sparsity=min(1.0, (before + more) / part.numel()))
 
 
 def _kth_lowest(scores: Tensor, k: int) -> Tensor:

@@ -31,15 +31,21 @@ def set_cost(G: Tensor, mask: Tensor) -> Tensor:
     return torch.einsum("dn,dnm,dm->d", chosen, G, chosen)
 
 
-def select(G: Tensor, pattern: Pattern, search: str = "greedy") -> Tensor:
+def select(G: Tensor, pattern: Pattern, search: str = "greedy", gone: Tensor | None = None) -> Tensor:
     """The mask (D,N) that the pattern asks for, by one of SEARCHES; exact in count.
+
+    gone: (D,N), entries that were pruned before; they cost nothing, are chosen first and stay chosen.
 
     independent: the lowest of the diagonal. greedy: one entry after the other by its marginal cost G_nn + 2 sum_S G_nm,
     over all channels. exchange: greedy, then swaps of a chosen entry for another for as long as they lower the cost.
     exact: of all sets of a channel the best of each size, and sizes by the convex hulls of what they cost (up to 16
     states; exchange above). Whole columns are chosen by the summed cost, with every set tried where there are few enough.
     """
+    if search not in SEARCHES:
+        raise ValueError(f"unknown search {search!r}, known are {', '.join(SEARCHES)}")
     G = G.double()
+    if gone is not None and not isinstance(pattern, Columns):
+        return _select_rest(G, pattern, search, gone)
     if search == "independent":
         return pattern(G.diagonal(dim1=-2, dim2=-1))
     if isinstance(pattern, Columns):
@@ -51,6 +57,16 @@ def select(G: Tensor, pattern: Pattern, search: str = "greedy") -> Tensor:
     else:
         mask = _greedy(G, pattern)
     return mask if search == "greedy" else _exchanged(G, mask, pattern)
+
+
+def _select_rest(G: Tensor, pattern: Pattern, search: str, gone: Tensor) -> Tensor:
+    """`select` where entries are gone: they are given a negative cost of their own that no other entry can beat."""
+    alive = ~gone
+    G = G * (alive[:, :, None] & alive[:, None, :])
+    # far below any sum of what is left, and small enough for that sum to keep its digits
+    bonus = 1e3 * (1 + G.diagonal(dim1=-2, dim2=-1).sum())
+    chosen = select(G - torch.diag_embed(gone * bonus), pattern, search)
+    return chosen | gone
 
 
 def marginal_costs(G: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparsessm.errors import storing
+from sparsessm.files import write_text
 from sparsessm.reporting.grid import finished
 from sparsessm.reporting.paper import Figure, Filled, Line
 
@@ -28,16 +30,11 @@ def write(filled: Filled, folder: Path, base_dir: Path) -> list[Path]:
         f"{name}.tex": latex(filled),
         f"{name}.json": json.dumps(trace(filled, base_dir), indent=2) + "\n",
     }
-    return [write_whole(folder / file, content) for file, content in contents.items()]
-
-
-def write_whole(path: Path, content: str) -> Path:
-    """Writes a text file under a temporary name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
-    return path
+    with storing(str(folder), "name another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in contents.items():
+            write_text(folder / file, content)
+    return [folder / file for file in contents]
 
 
 def markdown(filled: Filled, folder: Path) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsessm.errors import InputError
+from sparsessm.errors import InputError, storing
+from sparsessm.files import write_whole
 from sparsessm.reporting import figures
 from sparsessm.reporting.figures import Axis, HeatMap, LineChart, MaskMap
 from sparsessm.reporting.palette import DASHES, HEAT, LIGHT, MARKERS, Style
@@ -47,7 +48,7 @@ def write_plots(records: Sequence[Record], folder: Path) -> list[str]:
         InputError: the folder cannot be written.
     """
     names: list[str] = []
-    try:
+    with storing(f"--plots {folder}", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         for _, picture in _pictures(records):
             name = picture.key
@@ -55,8 +56,6 @@ def write_plots(records: Sequence[Record], folder: Path) -> list[str]:
                 name += "-"  # two names that differ in odd characters alone
             _write(picture, [folder / f"{name}.{kind}" for kind in ("png", "pdf")])
             names.append(name)
-    except OSError as error:
-        raise InputError(f"--plots {folder} cannot be written ({error.strerror}): name another folder") from None
     return names
 
 
@@ -96,9 +95,8 @@ def _write(picture: LineChart | HeatMap | MaskMap, files: Sequence[Path]) -> Non
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
         draw(figure, picture)
         for file in files:
-            partial = file.with_name(f".{file.name}.partial")
-            figure.savefig(partial, format=file.suffix[1:], metadata=_NO_STAMP[file.suffix[1:]])
-            partial.replace(file)
+            kind = file.suffix[1:]
+            write_whole(file, lambda partial, kind=kind: figure.savefig(partial, format=kind, metadata=_NO_STAMP[kind]))
 
 
 def _line_chart(figure: Figure, chart: LineChart) -> None:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from sparsessm.errors import InputError
+from sparsessm.errors import InputError, storing
+from sparsessm.files import write_whole
 from sparsessm.reporting import figures, svg
 from sparsessm.reporting.palette import DARK, HEAT, LIGHT, method_style
 from sparsessm.reporting.report_tables import phase_table, results_table
@@ -48,13 +49,8 @@ def write_report(runs: Runs, experiments: Path, target: Path) -> None:
     if target.is_dir():
         raise InputError(f"-o {target} is a folder: name a file")
     page = report(runs, experiments, target)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"-o {target} cannot be written ({error.strerror}): name another place") from None
+    with storing(f"-o {target}", "name another place"):
+        write_whole(target, lambda partial: partial.write_text(page, encoding="utf-8", errors="replace"))
 
 
 def report(runs: Runs, experiments: Path, target: Path) -> str:

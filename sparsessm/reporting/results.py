@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsessm.errors import InputError
+from sparsessm.errors import InputError, first_line
 from sparsessm.options import PLACES, Options
 from sparsessm.pruning.aggregation import DEFAULT_PARAMETERS
 from sparsessm.pruning.methods import METHODS
@@ -31,6 +31,8 @@ MASKS = "masks.safetensors"
 _PARAMETER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:mixer\.)?(.+?)(?:\.weight)?$")
 _PATTERNS = {"entries": "unstructured", "columns": "structured"}
 _TIME_OPTIONS = {"power": "time_power", "discount": "time_discount", "window": "time_window"}
+
+_MOST = 1e300  # no figure of a run is as large, and what draws it computes with powers of ten
 
 # As JSON gives them back.
 _DEFAULTS = {s.name: list(s.default) if isinstance(s.default, tuple) else s.default for s in dataclasses.fields(Options)}
@@ -60,8 +62,8 @@ class Record:
 
     @property
     def method(self) -> str:
-        """The method's name; "dense" for a model that was measured as it is."""
-        return self.options["method"] or "dense"
+        """The method's name; "dense" for a model that was measured as it is, "pruned before" if it was so already."""
+        return self.options["method"] or ("pruned before" if any(self.metrics["sparsity"].values()) else "dense")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -135,7 +137,7 @@ class Record:
             layer = event.get("layer")
             if event.get("event") == "layer" and event.get("phase") == "sensitivity" and _is_whole(layer):
                 for module, value in event.items():
-                    if _is_number(value) and module not in ("seconds", "layer"):
+                    if _is_number(value) and abs(value) < _MOST and module not in ("seconds", "layer"):
                         found.setdefault(module, {})[layer] = value
         return found
 
@@ -229,6 +231,9 @@ def read_run(folder: Path, name: str | None = None) -> Record:
     metrics = _read_json(folder / "metrics.json")
     _check_options(options)
     metrics = {"zero_shot": {}, "dense_perplexity": {}, "versions": {}, **metrics}
+    for key in ("perplexity", "dense_perplexity"):  # null stands for a figure beyond any number
+        if isinstance(metrics.get(key), dict):
+            metrics[key] = {name: math.inf if value is None else value for name, value in metrics[key].items()}
     for key in ("perplexity", "dense_perplexity", "sparsity", "seconds", "peak_memory_bytes"):
         can_be_endless = key.endswith("perplexity")
         known = isinstance(metrics.get(key), dict) and all(map(_is_number, metrics[key].values()))
@@ -266,8 +271,8 @@ def _is_whole(value: Any) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path.name} cannot be read ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} cannot be read ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path.name} does not hold values by name")
     return content
@@ -277,8 +282,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
     method, share = options.get("method", ""), options.get("sparsity")
     if not isinstance(options.get("model"), str) or not (method is None or (isinstance(method, str) and method)):
         raise InputError("options.json: model should be a name, method a name or null")
-    if not (share is None or (_is_number(share) and math.isfinite(share))):
-        raise InputError("options.json: sparsity should be a number or null")
+    if not (share is None or (_is_number(share) and 0 <= share <= 1)):
+        raise InputError("options.json: sparsity should be a number from 0 to 1, or null")
     whole, numbers = ("prunen", "prunem", "seed", "seqlen"), ("alpha", "time_power", "time_discount", "time_window")
     if not all(_is_whole(options.get(name, 0)) for name in whole):
         raise InputError(f"options.json: {', '.join(whole)} should be whole numbers")
@@ -294,7 +299,7 @@ def _read_counts(path: Path) -> dict[str, tuple[int, int]]:
     content = _read_json(path)
     try:
         return {name: (int(count["pruned"]), int(count["total"])) for name, count in content.items()}
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise InputError(f"{path.name} should hold pruned and total of each parameter") from None
 
 
@@ -305,7 +310,7 @@ def _read_events(path: Path) -> tuple[dict[str, Any], ...]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(event, dict):
                 events.append(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -10,14 +11,18 @@ def row(method: str | None, metrics: Mapping[str, Any]) -> dict[str, str]:
     """One row, as printed at the end of a run: method, sparsity, perplexity per data set, seconds, memory."""
     share = metrics["sparsity"]
     parts = [f"{key} {share[key]:.1%}" for key in ("ssm", "layers") if share[key]]
-    cells = {"method": method or "dense", "sparsity": ", ".join(parts) or "0"}
-    cells.update({f"perplexity {name}": f"{value:.2f}" for name, value in metrics["perplexity"].items()})
-    cells.update({f"dense {name}": f"{value:.2f}" for name, value in metrics["dense_perplexity"].items()})
+    cells = {"method": method or ("pruned before" if parts else "dense"), "sparsity": ", ".join(parts) or "0"}
+    for kind, figures in (("perplexity", metrics["perplexity"]), ("dense", metrics["dense_perplexity"])):
+        cells.update({f"{kind} {Path(name).name or name}": _figure(value) for name, value in figures.items()})
     if metrics["zero_shot"]:
         cells["zero-shot"] = f"{metrics['zero_shot']['mean']['value']:.2%}"
     cells["seconds"] = f"{sum(metrics['seconds'].values()):.1f}"
     cells["memory"] = " + ".join(f"{peak / 2**20:.0f} MiB {where}" for where, peak in metrics["peak_memory_bytes"].items())
     return cells
+
+
+def _figure(value: float | None) -> str:
+    return "inf" if value is None else f"{value:.2f}"
 
 
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsessm.errors import InputError
 from sparsessm.evaluation import zero_shot
 
 pytest.importorskip("lm_eval", reason="pip install -r requirements-zero-shot.txt")
@@ -145,7 +144,7 @@ def test_the_pruned_model_is_asked_and_saved_as_without_being_asked(run_main, tm
 
 def test_a_task_with_examples_is_asked_without_them(tmp_path):
     folder = write_task(tmp_path / "tasks", "shots", num_fewshot=2, fewshot_split="test")
-    task = zero_shot.load_tasks(["shots"], str(folder), torch.device("cpu"))["shots"]
+    task = zero_shot.load_tasks(["shots"], str(folder))["shots"]
     task.build_all_requests()
     asked = [request.arguments for request in task.instances]
     assert asked == [(d["text"], f" {choice}") for d in DOCUMENTS for choice in d["choices"]]
@@ -275,14 +274,6 @@ def test_a_missing_package_is_named(run_main, monkeypatch, package):
     found = lambda name, *rest: None if name == package else present(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", found)
     refused(run_main([*QUICK, "--eval_zero_shot"]), package, "pip install -r requirements-zero-shot.txt")
-
-
-def test_mamba_ssm_is_in_the_way_on_the_cpu(monkeypatch):
-    present = importlib.util.find_spec
-    found = lambda name, *rest: object() if name == "mamba_ssm" else present(name, *rest)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", found)
-    with pytest.raises(InputError, match="cannot run on the CPU beside mamba-ssm"):
-        zero_shot.load_tasks(["piqa"], None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sparsessm.errors import NumericalError
 from sparsessm.pruning.patterns import Columns, NofM, PerRow, Unstructured, lowest
 
 
@@ -101,9 +102,9 @@ def test_nothing_and_everything_can_be_chosen():
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), PerRow(0.5), NofM(2, 4), Columns(0.5)], ids=lambda p: repr(p))
 def test_nan_is_an_error_and_never_a_choice(pattern):
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(NumericalError, match="NaN"):
         pattern(torch.full((4, 8), float("nan")))
     one = torch.rand(4, 8)
     one[2, 3] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(NumericalError, match="NaN"):
         pattern(one)

@@ -92,7 +92,7 @@ def stage(tmp_path, monkeypatch):
 def record(cell, **changes):
     """options.json of a cell's run."""
     return {**cell.settings, "save": None, "experiment_name": cell.name, "base_dir": "elsewhere", "log_wandb": True,
-            "offload": "disk", "memory_budget": 1.5, **changes}  # fmt: skip
+            "offload": "disk", "memory_budget": 1.5, "overwrite": False, **changes}  # fmt: skip
 
 
 def leave(base, cell, name, options, metrics=None):
@@ -322,7 +322,7 @@ def test_mistakes_are_the_users_to_mend(stage):
 
 def test_settings_are_all_options_but_the_places():
     settings = Cell("", PRUNED).settings
-    places = {"save", "experiment_name", "base_dir", "log_wandb", "offload", "memory_budget"}
+    places = {"save", "overwrite", "experiment_name", "base_dir", "log_wandb", "offload", "memory_budget"}
     assert settings.keys() == set(Options.__dataclass_fields__) - places
 
 

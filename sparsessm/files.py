@@ -1,0 +1,157 @@
+"""Files and folders that appear whole or not at all, and locks that vanish with their process.
+
+A regular file, or a new name, is replaced by a rename. Links, pipes and devices stay what they are: what is written goes
+through them. A folder that holds other things is exchanged for its successor in one step of the file system, with those
+other things in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sparsessm.errors import StorageError
+
+_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+
+
+def strict_json(content: Any, **form: Any) -> str:
+    """JSON that strict readers take: numbers that are not finite become null."""
+    return json.dumps(_finite(content), allow_nan=False, **form)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def write_whole(path: Path, write: Callable[[Path], Any], *, follow: bool = True) -> None:
+    """Has `write` make a file beside `path`, and puts it in its place.
+
+    Args:
+        follow: a link at `path` stays, and what it points to is replaced; otherwise the link itself is replaced.
+    """
+    path = Path(os.path.realpath(path)) if follow else path
+    special = follow and path.exists() and not path.is_file()
+    if special and path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    # a name of its own, made anew: what lies in the way is neither followed nor overwritten
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=None if special else path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        write(partial)
+        if special:
+            with partial.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            return
+        partial.chmod(stat.S_IMODE(path.stat().st_mode) if path.is_file() and not path.is_symlink() else _mode(0o666))
+        sync(partial)
+        partial.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def write_text(path: Path, text: str, *, follow: bool = True) -> None:
+    """Writes a text file whole, see `write_whole`."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"), follow=follow)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a file of our own; a link in its place is refused."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(handle, "a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+
+
+def sync(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def publish_modes(folder: Path) -> None:
+    """Gives a temporary folder, made for its owner alone, the permissions of new files and folders; syncs its files."""
+    folder.chmod(_mode(0o777))
+    for file in folder.iterdir():
+        file.chmod(_mode(0o666))
+        sync(file)
+
+
+def _mode(mode: int) -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mode & ~mask
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Lets two names change places in one step; False where the system or the file system cannot."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return call is not None and call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+class Lock:
+    """A lock of the system's on a file, held until `release` or the end of the process.
+
+    The file goes with the lock. Where the file system knows no locks there is none, and two runs at once are for their
+    owners to avoid.
+    """
+
+    def __init__(self, path: Path, busy: str) -> None:
+        """Takes the lock.
+
+        Raises:
+            StorageError: with the message `busy` where another process holds it.
+        """
+        self.path = path
+        while True:
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._handle)
+                raise StorageError(busy) from None
+            except OSError:
+                return
+            # who held it before may have removed the file between the two calls
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._handle), os.stat(path, follow_symlinks=False)):
+                    return
+            os.close(self._handle)
+
+    def release(self) -> None:
+        with suppress(OSError):
+            self.path.unlink()
+        os.close(self._handle)
+
+
+def made_parents(folder: Path) -> list[Path]:
+    """Makes a folder and its parents; returns those that were not there, the innermost first."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes folders as long as they are empty, in order."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return

@@ -1,0 +1,170 @@
+"""One run: its words become options, what can be wrong is looked for, a job is done, and every error gets its line."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sparsessm import checkpoint, checks, memory, options, ranks, text
+from sparsessm.errors import (
+    FAULT,
+    INTERRUPTED,
+    UNUSABLE,
+    InputError,
+    MemoryLimitError,
+    SparseSSMError,
+    StorageError,
+    first_line,
+    is_disk_full,
+)
+from sparsessm.evaluation import zero_shot
+from sparsessm.job import Job
+from sparsessm.options import Options
+from sparsessm.place import check_target
+from sparsessm.reporting.journal import Journal
+from sparsessm.reporting.tables import row, text_table
+from sparsessm.reporting.tracking import Run, check_wandb
+
+logger = logging.getLogger("sparsessm")
+
+
+def command(argv: Sequence[str]) -> int:
+    """Runs the words of the command line; returns the exit code, and says in one line what any but 0 is for."""
+    speaks = True
+    try:
+        speaks = ranks.launched()[0] == 0
+        chosen, resumed = options.parse(argv)
+        metrics = run(chosen, resumed)
+    except SparseSSMError as error:
+        return _said(f"error: {error}", error, UNUSABLE, speaks)
+    except KeyboardInterrupt as error:
+        return _said("interrupted", error, INTERRUPTED, speaks)
+    except Exception as error:
+        where = getattr(error, "__notes__", None) or ["no run was begun"]
+        print(f"error: a fault in sparsessm ({type(error).__name__}: {first_line(error)}); {where[-1]}", file=sys.stderr)
+        return FAULT
+    if speaks:
+        print(text_table([row(chosen.method, metrics)]))
+    return 0
+
+
+def _said(line: str, error: BaseException, code: int, speaks: bool) -> int:
+    if speaks:
+        print(": ".join([line, *getattr(error, "__notes__", [])[-1:]]), file=sys.stderr)
+    return code
+
+
+def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
+    """One run from options to its row; returns what metrics.json holds.
+
+    Args:
+        resumed: the folder of an interrupted run with these options, to be resumed.
+
+    Raises:
+        SparseSSMError: for whatever has a name; of what the user can correct, before the model is loaded where that can
+            be known. After the run folder is there, its notes say how to resume where that helps.
+    """
+    memory.keep_freed()
+    device = _device(chosen.device)
+    source = checkpoint.find(chosen.model)
+    first, stop = checks.check_model(chosen, source.config)
+    if chosen.method:
+        text.check_dataset(chosen.dataset, chosen.data_dir, calibration=True)
+    for name in chosen.evaluation_sets:
+        text.check_dataset(name, chosen.data_dir, calibration=False)
+    if chosen.save:
+        runs = Path(chosen.base_dir) / chosen.experiment_name
+        own = Journal(resumed, writes=False).load_figures("saved", lambda stamp: isinstance(stamp, str))
+        check_target(chosen.save, source.folder, overwrite=chosen.overwrite, runs=runs, own=own)
+    if chosen.log_wandb:
+        check_wandb()
+    _quiet()
+    tasks = {}
+    if chosen.eval_zero_shot:
+        tasks = zero_shot.load_tasks(chosen.zero_shot_tasks, chosen.zero_shot_include)
+    torch.manual_seed(chosen.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    device = ranks.start(device)
+    speaks = ranks.is_main()
+    job, failed = None, True
+    log = None
+    try:
+        log = Run(dataclasses.asdict(chosen), log_wandb=chosen.log_wandb, resumed=resumed, speaks=speaks)
+        folder = Path(ranks.gather_text(str(log.folder))[0])
+        journal = Journal(folder, writes=speaks)
+        ranks.barrier()  # every process has read the journal before the first writes to it
+        settings = {key: value for key, value in dataclasses.asdict(chosen).items() if key not in options.PLACES}
+        journal.confirm("options", settings, "options.json")
+        job = Job(chosen, log, journal, folder, source, device, tasks)
+        with _limits_named(folder):
+            metrics = job.measure(first, stop)
+        failed = False
+        return metrics
+    except BaseException as error:
+        if log is not None and log.folder is not None and log.folder.is_dir():
+            log.failed(error)
+            again = f"resume it by: python {_program()} --resume {shlex.quote(str(log.folder))}"
+            if isinstance(error, (KeyboardInterrupt, StorageError, MemoryLimitError)):
+                error.add_note(again)
+            elif not isinstance(error, SparseSSMError):
+                error.add_note(f"its traceback is in {log.folder / 'output.log'}; please report it; {again}")
+        raise
+    finally:
+        if job is not None:
+            job.close()
+        if log is not None:
+            log.close(failed)
+        ranks.stop()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name} is not available here: use cpu, or a device that torch sees") from None
+    return device
+
+
+def _quiet() -> None:
+    """Keeps the libraries' own bars and notices out of the log; ours says what there is to say."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@contextmanager
+def _limits_named(folder: Path) -> Iterator[None]:
+    """Gives the error of an allocator, or of a full disk wherever it is met, its name."""
+    try:
+        yield
+    except SparseSSMError:
+        raise
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_disk_full(error):
+            raise StorageError(f"the disk of {folder} or of the temporary files is full ({first_line(error)}): make room") from error
+        known = ("out of memory", "not enough memory", "allocate memory")
+        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in known):
+            raise
+        raise MemoryLimitError(
+            f"the memory is used up ({first_line(error)[:160]}): lower --calib_batch and --eval_batch, or give --offload disk "
+            "and --memory_budget 0"
+        ) from error
+
+
+def _program() -> str:
+    """How this program was called, as far as the words tell."""
+    return shlex.quote(sys.argv[0]) if sys.argv and sys.argv[0].endswith("main.py") else "main.py"
