@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from benchmarking import SHAPES, alone, machine, peak_memory, random_model
 
-from sparsessm import checkpoint
+from sparsessm.layerwise.parity import check_parity
+from sparsessm.models import checkpoint
 from sparsessm.options import Options
-from sparsessm.parity import check_parity
-from sparsessm.reporting.tables import text_table
+from sparsessm.report.tables import text_table
 from sparsessm.run import run
 
 

@@ -28,8 +28,8 @@ from benchmarking import (
 from torch import Tensor
 
 from sparsessm.evaluation.perplexity import perplexity
-from sparsessm.memory import keep_freed
-from sparsessm.reporting.tables import text_table
+from sparsessm.layerwise.memory import keep_freed
+from sparsessm.report.tables import text_table
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import transformers  # noqa: E402
 from scripts.benchmarking import machine  # noqa: E402
 from sparsessm.errors import InputError  # noqa: E402
 from sparsessm.evaluation.speed import cells, measure, verdict  # noqa: E402
-from sparsessm.reporting.tables import text_table  # noqa: E402
+from sparsessm.report.tables import text_table  # noqa: E402
 
 
 def bench(*, checkpoints: list[str], prompt: int, tokens: int, batch: int, rounds: int) -> None:

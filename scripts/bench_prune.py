@@ -21,6 +21,7 @@ import time
 import benchmarking
 import torch
 import torch.nn.functional as F
+from bench_scan import limits
 from benchmarking import (
     SHAPES,
     alone,
@@ -32,14 +33,13 @@ from benchmarking import (
     projection_operations,
     random_model,
 )
-from bench_scan import limits
 from torch import Tensor, nn
 
-from sparsessm.memory import keep_freed
-from sparsessm.pipeline import TransitionPlan, prune_A_log
+from sparsessm.layerwise.memory import keep_freed
+from sparsessm.layerwise.walk import Stream
+from sparsessm.procedure.pipeline import TransitionPlan, prune_A_log
 from sparsessm.pruning.patterns import Unstructured
-from sparsessm.reporting.tables import text_table
-from sparsessm.walk import Stream
+from sparsessm.report.tables import text_table
 
 
 def published_mixer(mixer: nn.Module, x: Tensor, states: list[Tensor] | None) -> Tensor:

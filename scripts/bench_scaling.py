@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from benchmarking import alone, machine, peak_memory, random_model
 
-from sparsessm import checkpoint, ranks
-from sparsessm.memory import keep_freed
-from sparsessm.pipeline import TransitionPlan, prune_A_log
+from sparsessm.layerwise import distributed as ranks
+from sparsessm.layerwise.memory import keep_freed
+from sparsessm.layerwise.walk import Stream
+from sparsessm.models import checkpoint
+from sparsessm.procedure.pipeline import TransitionPlan, prune_A_log
 from sparsessm.pruning.patterns import Unstructured
-from sparsessm.reporting.tables import text_table
-from sparsessm.walk import Stream
+from sparsessm.report.tables import text_table
 
 FACTORS = {"nsamples": (1, 2, 4, 8), "seqlen": (1, 2, 4, 8), "layers": (1, 2, 3), "processes": (1, 2)}
 RESULT = "result "

@@ -2,7 +2,7 @@
 
     python scripts/bench_scan.py [--shape 130m] [--batch 8] [--steps 512] [--states 16] [--threads 2] [--rounds 5]
 
-All scan the same float32 input. `loop` is the reference of sparsessm.model.scan: one vectorised torch step after the
+All scan the same float32 input. `loop` is the reference of sparsessm.kernels.selective_scan: one vectorised torch step after the
 other. `stock` is what transformers runs on a CPU. The limits are measured on the spot, on numbers in the first-level
 cache, by as many threads: `exp` is the rate of the scan's own exponential, `torch.exp` that of torch, `step` that of an
 exponential with the products and sums of one state, `edge` that of the softplus and the gate of one channel, `fma` that of
@@ -25,11 +25,16 @@ from benchmarking import SHAPES, in_turn, machine, median_ratio
 from numba import njit
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-from sparsessm.memory import keep_freed
-from sparsessm.model.lanes import LANES, fill, fma, load, power, silu, softplus, store
-from sparsessm.model.scan import ScanMoments, force_kernel, selective_scan, selective_scan_ref
+from sparsessm.kernels.lanes import LANES, fill, fma, load, power, silu, softplus, store
+from sparsessm.kernels.selective_scan import (
+    ScanMoments,
+    force_kernel,
+    selective_scan,
+    selective_scan_ref,
+)
+from sparsessm.layerwise.memory import keep_freed
+from sparsessm.report.tables import text_table
 from sparsessm.threads import for_each
-from sparsessm.reporting.tables import text_table
 
 CACHED = 1 << 11  # numbers that stay in the first-level cache
 REPEATS = 40_000

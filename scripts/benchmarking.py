@@ -20,8 +20,8 @@ import transformers  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import MambaConfig, MambaForCausalLM  # noqa: E402
 
-from sparsessm.model.block import MODULES  # noqa: E402
-from sparsessm.model.matmul import linear  # noqa: E402
+from sparsessm.kernels.matmul import linear  # noqa: E402
+from sparsessm.models.mamba1 import MODULES  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -19,12 +19,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm import checkpoint, schedule, text  # noqa: E402
+from sparsessm.calibration import text  # noqa: E402
 from sparsessm.evaluation.perplexity import perplexity  # noqa: E402
+from sparsessm.layerwise.walk import Stream  # noqa: E402
+from sparsessm.models import checkpoint  # noqa: E402
+from sparsessm.models.tokenizing import load_tokenizer  # noqa: E402
 from sparsessm.options import Options  # noqa: E402
-from sparsessm.reporting.tables import text_table  # noqa: E402
-from sparsessm.tokenizing import load_tokenizer  # noqa: E402
-from sparsessm.walk import Stream  # noqa: E402
+from sparsessm.procedure import schedule  # noqa: E402
+from sparsessm.report.tables import text_table  # noqa: E402
 
 PLACE = {"device": "cpu", "offload": "cpu", "batch": 8}
 OBS = {"method": "sparsessm_obs"}

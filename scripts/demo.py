@@ -10,7 +10,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sparsessm.options import Options  # noqa: E402
-from sparsessm.reporting.tables import row, text_table  # noqa: E402
+from sparsessm.report.tables import row, text_table  # noqa: E402
 
 METHODS = (None, "magnitude", "sparsessm", "sparsessm_dev")
 SETTINGS = {"seqlen": 512, "nsamples": 16, "eval_windows": 32, "experiment_name": "demo"}

@@ -18,16 +18,22 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm import checkpoint, text  # noqa: E402
+from sparsessm.calibration import text  # noqa: E402
 from sparsessm.evaluation.perplexity import perplexity  # noqa: E402
-from sparsessm.model.block import MODULES, prune_transitions  # noqa: E402
-from sparsessm.pipeline import TransitionPlan, WeightPlan, prune_A_log, prune_weights  # noqa: E402
+from sparsessm.layerwise.walk import BlockView, Stream, walk  # noqa: E402
+from sparsessm.models import checkpoint  # noqa: E402
+from sparsessm.models.mamba1 import MODULES, prune_transitions  # noqa: E402
+from sparsessm.models.tokenizing import load_tokenizer  # noqa: E402
+from sparsessm.procedure.pipeline import (  # noqa: E402
+    TransitionPlan,
+    WeightPlan,
+    prune_A_log,
+    prune_weights,
+)
 from sparsessm.pruning.aggregation import Aggregator  # noqa: E402
 from sparsessm.pruning.patterns import NofM, Pattern, Unstructured  # noqa: E402
 from sparsessm.pruning.saliency import SALIENCIES  # noqa: E402
-from sparsessm.reporting.tables import text_table  # noqa: E402
-from sparsessm.tokenizing import load_tokenizer  # noqa: E402
-from sparsessm.walk import BlockView, Stream, walk  # noqa: E402
+from sparsessm.report.tables import text_table  # noqa: E402
 
 HALF = Unstructured(0.5)
 

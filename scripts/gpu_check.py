@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm.model.scan import EFFECTS, ScanMoments, selective_scan_ref  # noqa: E402
+from sparsessm.kernels.selective_scan import EFFECTS, ScanMoments, selective_scan_ref  # noqa: E402
 
 NEEDS = ("h2", "abar", "hh", "gram")
 # (B,L,D,N): one of everything, sizes that fit no tile, more samples than are summed at once, the models' own.
@@ -149,7 +149,8 @@ def copy_bandwidth() -> float:
 
 def time_all(dtype: torch.dtype) -> None:
     """Prints the table of times for inputs of a dtype."""
-    from sparsessm.model import conv_cuda, scan_cuda
+    from sparsessm.kernels import convolution as conv_cuda
+    from sparsessm.kernels import scan_cuda
 
     copy = copy_bandwidth()
     theirs = scan_cuda.mamba_ssm_scan("cuda", dtype)
@@ -184,7 +185,7 @@ def main() -> int:
     try:
         import triton
 
-        from sparsessm.model.scan_cuda import scan_by_triton
+        from sparsessm.kernels.scan_cuda import scan_by_triton
     except ImportError as error:
         print(f"error: the scan for CUDA needs triton ({error}): pip install triton", file=sys.stderr)
         return 2

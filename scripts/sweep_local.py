@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sparsessm.errors import InputError, ending_in_one_line, storing  # noqa: E402
 from sparsessm.files import write_text  # noqa: E402
-from sparsessm.reporting import grid, sweeps  # noqa: E402
+from sparsessm.runs import grid, sweeps  # noqa: E402
 
 
 def sweep_local(

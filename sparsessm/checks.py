@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsessm.errors import InputError
 from sparsessm.evaluation import zero_shot
-from sparsessm.model.block import MODULE_TYPES
+from sparsessm.models.mamba1 import MODULE_TYPES
 from sparsessm.pruning.methods import METHODS, Method
 from sparsessm.pruning.saliency import SALIENCIES
 

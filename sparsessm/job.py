@@ -18,18 +18,22 @@ import torch
 from torch import Tensor
 
 import sparsessm
-from sparsessm import checkpoint, history, options, pipeline, ranks, saving, schedule, shedding, text
+from sparsessm import options
+from sparsessm.calibration import text
 from sparsessm.errors import InputError, NumericalError
 from sparsessm.evaluation import zero_shot
 from sparsessm.evaluation.perplexity import perplexity
 from sparsessm.evaluation.published import dense_warning
+from sparsessm.layerwise import distributed as ranks
+from sparsessm.layerwise.parity import check_parity
+from sparsessm.layerwise.walk import Stream
+from sparsessm.models import checkpoint, history, saving
+from sparsessm.models.place import Place
+from sparsessm.models.tokenizing import load_tokenizer, tokenizer_sha256
 from sparsessm.options import Options
-from sparsessm.parity import check_parity
-from sparsessm.place import Place
-from sparsessm.reporting.journal import Journal, is_number
-from sparsessm.reporting.tracking import Run
-from sparsessm.tokenizing import load_tokenizer, tokenizer_sha256
-from sparsessm.walk import Stream
+from sparsessm.procedure import pipeline, schedule, shedding
+from sparsessm.runs.journal import Journal, is_number
+from sparsessm.runs.tracking import Run
 
 logger = logging.getLogger("sparsessm")
 

@@ -11,21 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsessm.allocation import ALLOCATIONS
+from sparsessm.calibration.text import DATASETS
 from sparsessm.checks import check
-from sparsessm.compensation import CompensationPlan
 from sparsessm.errors import InputError
 from sparsessm.evaluation import zero_shot
-from sparsessm.model.block import MODULE_TYPES, MODULES, PRUNED_A_LOG
-from sparsessm.pipeline import TransitionPlan, WeightPlan
+from sparsessm.models.mamba1 import MODULE_TYPES, MODULES, PRUNED_A_LOG
+from sparsessm.procedure.allocation import ALLOCATIONS
+from sparsessm.procedure.compensation import CompensationPlan
+from sparsessm.procedure.pipeline import TransitionPlan, WeightPlan
+from sparsessm.procedure.shedding import SHED_TARGETS, ShedPlan
 from sparsessm.pruning.aggregation import AGGREGATES
 from sparsessm.pruning.methods import METHODS, STRUCTURES, Method
 from sparsessm.pruning.patterns import Columns, NofM, Pattern, Unstructured
 from sparsessm.pruning.saliency import SALIENCIES
 from sparsessm.pruning.search import SEARCHES
-from sparsessm.reporting.journal import remove_journal
-from sparsessm.shedding import SHED_TARGETS, ShedPlan
-from sparsessm.text import DATASETS
+from sparsessm.runs.journal import remove_journal
 
 # Options that say where things go and not what is done: what is saved does not depend on them.
 PLACES = ("save", "overwrite", "experiment_name", "base_dir", "log_wandb", "offload", "memory_budget")

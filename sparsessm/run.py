@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import transformers
 
-from sparsessm import checkpoint, checks, memory, options, ranks, text
+from sparsessm import checks, options
+from sparsessm.calibration import text
 from sparsessm.errors import (
     FAULT,
     INTERRUPTED,
@@ -29,11 +30,14 @@ from sparsessm.errors import (
 )
 from sparsessm.evaluation import zero_shot
 from sparsessm.job import Job
+from sparsessm.layerwise import distributed as ranks
+from sparsessm.layerwise import memory
+from sparsessm.models import checkpoint
+from sparsessm.models.place import check_target
 from sparsessm.options import Options
-from sparsessm.place import check_target
-from sparsessm.reporting.journal import Journal
-from sparsessm.reporting.tables import row, text_table
-from sparsessm.reporting.tracking import Run, check_wandb
+from sparsessm.report.tables import row, text_table
+from sparsessm.runs.journal import Journal
+from sparsessm.runs.tracking import Run, check_wandb
 
 logger = logging.getLogger("sparsessm")
 

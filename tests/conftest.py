@@ -20,10 +20,10 @@ if not torch.cuda.is_available():
 
 from transformers import MambaConfig, MambaForCausalLM
 
+from sparsessm.layerwise.walk import Stream
 from sparsessm.options import Options
-from sparsessm.pipeline import prune_A_log, prune_weights
-from sparsessm.reporting.journal import Journal
-from sparsessm.walk import Stream
+from sparsessm.procedure.pipeline import prune_A_log, prune_weights
+from sparsessm.runs.journal import Journal
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORDS = """time state model river stone light window paper garden music silver morning letter winter engine harbour the of

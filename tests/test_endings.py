@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsessm import job as job_module
-from sparsessm import schedule
 from sparsessm.errors import DivergenceError
+from sparsessm.procedure import schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--seqlen", 64, "--nsamples", 4, "--eval_windows", 2]

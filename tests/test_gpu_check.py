@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scripts import gpu_check
-from sparsessm.model.scan import selective_scan_ref
+from sparsessm.kernels.selective_scan import selective_scan_ref
 
 SMALL = [(1, 1, 1, 1), (2, 5, 3, 4)]
 
@@ -29,7 +29,7 @@ def test_the_check_passes_the_reference():
 
 
 def test_the_check_passes_the_kernel():
-    scan_cuda = pytest.importorskip("sparsessm.model.scan_cuda", reason="triton is not installed")
+    scan_cuda = pytest.importorskip("sparsessm.kernels.scan_cuda", reason="triton is not installed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines = []
     gpu_check.check(scan_cuda.scan_by_triton, device, SMALL, lines.append)

@@ -3,12 +3,11 @@
 import pytest
 from transformers import MambaConfig
 
-from sparsessm.errors import InputError
 from sparsessm import options
 from sparsessm.checks import check_model
+from sparsessm.errors import InputError
 from sparsessm.pruning.methods import METHODS
 from sparsessm.pruning.patterns import Columns, NofM, Unstructured
-
 
 
 def parse(words):

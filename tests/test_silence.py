@@ -5,14 +5,19 @@ import dataclasses
 import pytest
 import torch
 
-from sparsessm.model import scan as scan_module
-from sparsessm.model.scan import ScanMoments, provided, selective_scan, selective_scan_ref
+from sparsessm.kernels import selective_scan as scan_module
+from sparsessm.kernels.selective_scan import (
+    ScanMoments,
+    provided,
+    selective_scan,
+    selective_scan_ref,
+)
+from sparsessm.layerwise.walk import Stream, walk
 from sparsessm.options import Options
-from sparsessm.pipeline import WeightPlan
+from sparsessm.procedure.pipeline import WeightPlan
+from sparsessm.procedure.schedule import prune as prune_by_plans
 from sparsessm.pruning.patterns import Unstructured
 from sparsessm.pruning.search import select
-from sparsessm.schedule import prune as prune_by_plans
-from sparsessm.walk import Stream, walk
 
 
 @pytest.mark.parametrize("changes", [{"rule": "Magnitude"}, {"rule": ""}, {"rule": "obs", "conv_hessian": "both"}], ids=str)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsessm import ranks
 from sparsessm.errors import DivergenceError
-from sparsessm.model.matmul import linear
-from sparsessm.walk import Stream, walk
+from sparsessm.kernels.matmul import linear
+from sparsessm.layerwise import distributed as ranks
+from sparsessm.layerwise.walk import Stream, walk
 
 # Logits that exist at once: with a vocabulary of 50 thousand, those of 667 tokens.
 _LOGITS_AT_ONCE = 1 << 25

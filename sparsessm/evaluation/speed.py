@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparsessm import checkpoint
-from sparsessm.checkpoint import Source
 from sparsessm.errors import InputError
-from sparsessm.saving import MASKS
+from sparsessm.models import checkpoint
+from sparsessm.models.checkpoint import Source
+from sparsessm.models.saving import MASKS
 
 # Times closer than this are called the same.
 _SAME_TIME = 0.05

@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sparsessm import ranks
 from sparsessm.errors import InputError
-from sparsessm.parity import stock_torch_path
+from sparsessm.layerwise import distributed as ranks
+from sparsessm.layerwise.parity import stock_torch_path
 
 logger = logging.getLogger("sparsessm")
 

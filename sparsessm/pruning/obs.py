@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from sparsessm.errors import SolverError
-from sparsessm.pruning.patterns import NofM, Pattern, PerRow, Unstructured, choose, spread_rest
+from sparsessm.pruning.patterns import (
+    NofM,
+    Pattern,
+    PerRow,
+    Unstructured,
+    choose,
+    spread_rest,
+)
 
 logger = logging.getLogger(__name__)
 

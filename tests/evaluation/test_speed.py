@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scripts.bench_inference import bench
-from sparsessm import checkpoint
 from sparsessm.errors import InputError
 from sparsessm.evaluation.speed import Costs, cells, measure, nonzero_share, verdict
+from sparsessm.models import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, D, N, K, BATCH = 2, 32, 6, 4, 3

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from sparsessm.pruning.obs import SolverError, inverse_factor, prune_magnitude, prune_obs, prune_wanda
+from sparsessm.pruning.obs import (
+    SolverError,
+    inverse_factor,
+    prune_magnitude,
+    prune_obs,
+    prune_wanda,
+)
 from sparsessm.pruning.patterns import NofM, PerRow, Unstructured
 
 PERCDAMP = 0.01

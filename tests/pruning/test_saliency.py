@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsessm.model.scan import ScanMoments, selective_scan
+from sparsessm.kernels.selective_scan import ScanMoments, selective_scan
 from sparsessm.pruning.saliency import SALIENCIES
 
 B, L, D, N = 3, 9, 4, 5

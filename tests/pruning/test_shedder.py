@@ -5,11 +5,11 @@ import random
 import pytest
 from transformers import MambaConfig
 
-from sparsessm.errors import InputError
 from sparsessm.checks import check_model
+from sparsessm.errors import InputError
 from sparsessm.options import parse
+from sparsessm.procedure.shedding import ShedPlan
 from sparsessm.pruning.shedder import greedy
-from sparsessm.shedding import ShedPlan
 
 
 def of_set(seed):

@@ -1,0 +1,129 @@
+"""The selective scan for CPUs, compiled by numba: `sparsessm.kernels.selective_scan.selective_scan_ref` in one pass.
+
+Work is cut along channels, and along the batch where no sums tie it together. No number depends on how many threads
+there are, for the cut does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from sparsessm.kernels import lanes, scan_piece
+from sparsessm.kernels.lanes import LANES, LOG2E
+from sparsessm.kernels.selective_scan import EFFECTS, ScanMoments, selective_scan_ref
+from sparsessm.threads import for_each
+
+PROVIDES = frozenset({"h2", "abar", "hh", "gram"})
+
+# Pieces that a scan is cut into at the least: the threads that can share it.
+PIECES = 16
+
+
+def _cached(source: str):
+    """`scan_piece`, compiled once and kept on disk, or compiled anew in each process where no folder takes it.
+
+    numba looks only at the file of a function to tell whether what it kept is still good; what it closes over is part
+    of the name, so a change of the source that it is made of counts as well.
+    """
+
+    def scan(task):
+        if len(source) > 0:
+            scan_piece.scan_piece(*task)
+
+    try:
+        return njit(nogil=True, cache=True)(scan)
+    except RuntimeError as error:  # numba finds no place for its cache: neither beside the code nor in the home
+        warnings.warn(f"compiled code cannot be kept ({error}); set NUMBA_CACHE_DIR to save its seconds", stacklevel=2)
+        return njit(nogil=True)(scan)
+
+
+_sources = [Path(module.__file__).read_bytes() for module in (lanes, scan_piece)]
+_scan = _cached(hashlib.sha256(b"".join(_sources)).hexdigest())
+
+
+def selective_scan_cpu(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    h0: Tensor | None = None,
+    moments: ScanMoments | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan_ref` for tensors in the memory of the CPU, see there.
+
+    Float64 is left to the reference, and so are states that could grow (a positive or undefined A, a negative dt).
+    """
+    if u.dtype == torch.float64 or not _decays(A, delta, delta_bias, delta_softplus):
+        return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, moments)
+    moments = ScanMoments() if moments is None else moments
+    batch, steps, channels = u.shape
+    N = A.shape[1]
+    y = torch.empty(batch, steps, channels)
+    state = torch.zeros(batch, channels, N) if h0 is None else h0.to(torch.float32, copy=True).contiguous()
+    twin = None
+    if moments.needs_twin():
+        twin = moments.first_twin(h0)
+        twin = torch.zeros_like(state) if twin is None else twin.to(torch.float32, copy=True).contiguous()
+
+    views, strides = zip(*(_view(x) for x in (u, delta, y if z is None else z, B, C, y)), strict=True)
+    pieces = _cut(batch, channels, together=bool(moments.tensors()))
+    hh = np.zeros((len(pieces), 0 if moments.hh is None else N * N))
+    skip = torch.zeros(channels) if D is None else D
+    bias = torch.zeros(channels) if delta_bias is None else delta_bias
+    inputs = (
+        *views, _flat(A.double() * LOG2E), _flat(skip), _flat(bias), delta_softplus, z is not None, _flat(state),
+        _sums(moments.h2), _sums(moments.abar),
+    )  # fmt: skip
+    effect, twins = EFFECTS.index(moments.effect), np.empty(0, np.float32) if twin is None else _flat(twin)
+    shape, strides, gram = (batch, steps, channels, N), np.array(strides), _sums(moments.gram)
+    tasks = [(piece, shape, strides, *inputs, part, gram, effect, twins) for piece, part in zip(pieces, hh, strict=True)]
+    for_each(_scan, tasks, min(torch.get_num_threads(), len(tasks)))
+    if moments.hh is not None:
+        moments.hh += torch.from_numpy(hh.sum(0)).view(N, N)
+    if twin is not None:
+        moments.twin = twin
+    return y.to(u.dtype), state
+
+
+def _decays(A, delta, bias, softplus) -> bool:
+    if not bool((A <= 0).all()):
+        return False
+    return softplus or bool(((delta if bias is None else delta + bias) >= 0).all())
+
+
+def _view(tensor: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
+    """The memory of a tensor (B,L,any), and how far apart its samples and time steps are there."""
+    tensor = tensor.detach().float()
+    if tensor.stride(2) != 1:
+        tensor = tensor.contiguous()
+    sample, step, _ = tensor.stride()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((span,), (1,)).numpy(), (sample, step)
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().float().contiguous().view(-1).numpy()
+
+
+def _sums(tensor: Tensor | None) -> np.ndarray:
+    return np.empty(0) if tensor is None else tensor.view(-1).numpy()
+
+
+def _cut(batch: int, channels: int, together: bool) -> list[tuple[int, int, int, int]]:
+    """(first sample, last, first channel, last) of each piece; by the sizes alone, whatever threads there are."""
+    samples = [(0, batch)] if together else [(b, b + 1) for b in range(batch)]
+    groups = -(-channels // LANES)
+    width = -(-groups // -(-PIECES // len(samples))) * LANES
+    return [(*some, d, min(d + width, channels)) for some in samples for d in range(0, channels, width)]

@@ -1,0 +1,98 @@
+"""What is observed of a module's inputs on the way: accumulators with `update` and `merge`, and nothing else.
+
+They keep plain sums in SUM_DTYPE over all windows seen; what a sum is divided by is the reader's affair. (The sums over
+states are kept by the scan itself, `sparsessm.kernels.selective_scan.ScanMoments`.)
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparsessm.kernels.matmul import linear
+from sparsessm.kernels.selective_scan import SUM_DTYPE
+
+
+class Accumulator(Protocol):
+    """A running sum over calibration windows, kept in the tensor `total`."""
+
+    total: Tensor
+
+    def update(self, inputs: Tensor) -> None:
+        """Adds a batch of inputs, (B,L,columns); for conv1d (B,K-1+L,D), with the inputs before the piece."""
+
+    def merge(self, other: Accumulator) -> None:
+        """Adds what another process or another share of the windows has seen."""
+
+
+class _Sum:
+    def __init__(self, *shape: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(shape, dtype=SUM_DTYPE, device=device)
+
+    def merge(self, other: _Sum) -> None:
+        self.total += other.total.to(self.total.device)
+
+
+class Gram(_Sum):
+    """X X^T (cols,cols), summed over windows and steps; `skip` leading steps are the history of a convolution."""
+
+    def __init__(self, cols: int, skip: int = 0, device: torch.device | str = "cpu") -> None:
+        super().__init__(cols, cols, device=device)
+        self.skip = skip
+
+    def update(self, inputs: Tensor) -> None:
+        x = inputs[:, self.skip :].flatten(0, 1).float().T.contiguous()  # (cols,B*L)
+        self.total += linear(x, x)
+
+
+class Energy(_Sum):
+    """The diagonal of X X^T, (cols,)."""
+
+    def __init__(self, cols: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(cols, device=device)
+
+    def update(self, inputs: Tensor) -> None:
+        self.total += inputs.float().square().sum((0, 1), dtype=SUM_DTYPE)
+
+
+class TapGram(_Sum):
+    """X X^T of each channel's K shifted inputs, (D,K,K): a depthwise channel sees only its own taps."""
+
+    def __init__(self, channels: int, taps: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(channels, taps, taps, device=device)
+
+    def update(self, inputs: Tensor) -> None:
+        K = self.total.shape[-1]
+        padded = inputs.float()
+        steps = padded.shape[1] - (K - 1)
+        shifted = [padded[:, k : k + steps] for k in range(K)]  # tap k meets the input K-1-k steps back
+        for i in range(K):
+            for j in range(i, K):
+                products = (shifted[i] * shifted[j]).sum((0, 1), dtype=SUM_DTYPE)
+                self.total[:, i, j] += products
+                if j > i:
+                    self.total[:, j, i] += products
+
+
+class PairGram(Gram):
+    """X X^T of a module's inputs X and T X^T, (rows,cols) in `cross`, with the outputs T that it should have."""
+
+    def __init__(self, rows: int, cols: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(cols, device=device)
+        self.cross = torch.zeros(rows, cols, dtype=SUM_DTYPE, device=device)
+
+    def update(self, inputs: Tensor, targets: Tensor) -> None:
+        """inputs (B,L,cols), targets (B,L,rows)."""
+        super().update(inputs)
+        self.cross += linear(targets.flatten(0, 1).float().T, inputs.flatten(0, 1).float().T.contiguous())
+
+    def merge(self, other: PairGram) -> None:
+        super().merge(other)
+        self.cross += other.cross.to(self.cross.device)
+
+
+def hessian(gram: Tensor, nsamples: int) -> Tensor:
+    """H = (2/n) X X^T in float32, n calibration windows (SparseGPT, equation 2)."""
+    return (gram * (2.0 / nsamples)).float()

@@ -1,0 +1,136 @@
+"""Writing checkpoints: what is saved is what was evaluated, as stock `transformers` will load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import MambaForCausalLM, PreTrainedTokenizerBase
+
+from sparsessm import files
+from sparsessm.errors import InputError, first_line, storing
+from sparsessm.models.place import MASKS, RECORD, Place
+
+# Keys of a config by which stock transformers changes weights when it loads them: what we hold has been through that.
+_DONE_WHEN_LOADED = {"rescale_prenorm_residual": False}
+
+
+def size_needed(model: MambaForCausalLM) -> int:
+    """Bytes that a checkpoint of the model takes, masks of all entries included."""
+    return sum(parameter.numel() * (parameter.element_size() + 1) for parameter in model.parameters())
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the tokenizer, before anything heavy starts.
+
+    Raises:
+        InputError: it cannot be written, or the disk refuses.
+    """
+    try:
+        with storing(f"the tokenizer in {folder.parent}"):
+            tokenizer.save_pretrained(folder)
+    except InputError:
+        raise
+    except Exception as error:  # what odd values in its files lead to is anything
+        raise InputError(f"the model's tokenizer cannot be saved ({first_line(error)}): correct its files") from error
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        kept = json.loads(config.read_text(encoding="utf-8"))
+        if kept.pop("auto_map", None) is not None:  # it names code that is not saved
+            config.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save(
+    model: MambaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    masks: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    target: str,
+    **layout: Any,
+) -> Path:
+    """Writes a whole checkpoint to the folder `target`; what it holds already is replaced, other files stay.
+
+    Args:
+        masks, record, layout: see `write_model`.
+
+    Raises:
+        StorageError: the disk is full or the target cannot be written; what was there is there as before.
+    """
+    with Place(target, size_needed(model)) as place:
+        write_tokenizer(tokenizer, place.staging)
+        write_model(model, masks, record, place, **layout)
+        return place.publish()
+
+
+def write_model(
+    model: MambaForCausalLM,
+    masks: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    place: Place,
+    *,
+    layout: str = "hf",
+    raw_zeros: bool = False,
+    original_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes config, weights, masks.safetensors and sparsessm.json to the staging folder of a place.
+
+    Args:
+        masks: by parameter name, True = pruned. A mask of removed states keeps the shape before the removal.
+        record: what sparsessm.json holds.
+        layout: "hf", or "state-spaces" for what mamba_ssm loads (config.json, pytorch_model.bin).
+        raw_zeros: write 0 for pruned entries of A_log.
+        original_config: config.json of a state-spaces source, whose keys that pruning does not change are kept.
+    """
+    with storing(str(place.path), "nothing was saved: make room, or name another place"):
+        state = model.state_dict()
+        if raw_zeros:
+            for name, mask in masks.items():
+                if name.endswith(".A_log") and mask.shape == state[name].shape:
+                    state[name] = state[name].masked_fill(mask, 0)
+        {"hf": _write_hf, "state-spaces": _write_state_spaces}[layout](model, state, place.staging, original_config or {})
+        if masks:
+            save_file({name: mask.contiguous() for name, mask in sorted(masks.items())}, place.staging / MASKS)
+        (place.staging / RECORD).write_text(files.strict_json(record, indent=2, sort_keys=True) + "\n")
+
+
+def _write_hf(model: MambaForCausalLM, state: dict[str, Tensor], folder: Path, _: Mapping[str, Any]) -> None:
+    for key, value in _DONE_WHEN_LOADED.items():
+        if hasattr(model.config, key):
+            setattr(model.config, key, value)
+    if hasattr(model.config, "auto_map"):
+        del model.config.auto_map  # it names code that is not saved
+    model.save_pretrained(folder, state_dict=state)
+
+
+def _write_state_spaces(
+    model: MambaForCausalLM, state: dict[str, Tensor], folder: Path, original: Mapping[str, Any]
+) -> None:
+    (folder / "config.json").write_text(json.dumps(_state_spaces_config(model, original), indent=2) + "\n")
+    renamed = {name.replace("backbone.embeddings.", "backbone.embedding."): tensor for name, tensor in state.items()}
+    torch.save(renamed, folder / "pytorch_model.bin")
+
+
+def _state_spaces_config(model: MambaForCausalLM, original: Mapping[str, Any]) -> dict[str, Any]:
+    config = model.config
+    if config.intermediate_size != int(config.expand * config.hidden_size):
+        raise InputError("the state-spaces layout has no word for an intermediate size other than expand * d_model")
+    rows = config.vocab_size
+    return {
+        "d_model": config.hidden_size,
+        "n_layer": config.num_hidden_layers,
+        "vocab_size": original.get("vocab_size", rows),
+        "ssm_cfg": {
+            "d_state": config.state_size, "d_conv": config.conv_kernel, "expand": config.expand,
+            "dt_rank": config.time_step_rank, "bias": config.use_bias, "conv_bias": config.use_conv_bias,
+        },
+        "rms_norm": True,
+        "residual_in_fp32": config.residual_in_fp32,
+        "fused_add_norm": original.get("fused_add_norm", True),
+        "pad_vocab_size_multiple": original.get("pad_vocab_size_multiple", 8 if rows % 8 == 0 else 1),
+        "tie_embeddings": config.tie_word_embeddings,
+    }  # fmt: skip

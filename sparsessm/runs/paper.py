@@ -1,0 +1,307 @@
+"""The paper's tables as data: which runs fill a table, and its figures once they are there.
+
+scripts/paper/NAME.json describes a table: its title and source, its models and text, and its rows, each the flags of a
+run. `vary` crosses every row that prunes with lists of values. Published figures are not in it: `published` names the
+table in data/paper_tables.json, where a row is found by model and name, or by what `published_rows` says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsessm.calibration.text import DATASETS
+from sparsessm.errors import InputError
+from sparsessm.evaluation.published import SEQLEN, TABLES
+from sparsessm.evaluation.zero_shot import TASKS
+from sparsessm.options import Options
+from sparsessm.runs.grid import Cell, finished, settled_dataset, settled_model
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "scripts" / "paper"
+MODELS = {size: f"state-spaces/mamba-{size}-hf" for size in ("130m", "370m", "790m", "1.4b", "2.8b")}
+
+# Flags that a row without a method takes too: how the perplexity is taken.
+_EVALUATION = ("seqlen", "eval_windows")
+_ORDER = {spec.name: i for i, spec in enumerate(dataclasses.fields(Options))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table as its file describes it.
+
+    Attributes:
+        models: names as MODELS has them, hub ids or folders. dataset: for calibration. ppl_datasets: for perplexity.
+        flags: of every run that prunes. rows: name -> further flags; a row without flags is the dense model.
+        vary: flag -> values. published: key in data/paper_tables.json. published_model: the one model that the
+        published figures are of, where they are not kept by model. published_rows: row -> keys of its figures there.
+        notes: what a reader should know of the published figures.
+    """
+
+    name: str
+    title: str
+    source: str
+    models: Sequence[str]
+    dataset: str
+    ppl_datasets: Sequence[str]
+    rows: Mapping[str, Mapping[str, Any]]
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    published: str | None = None
+    published_model: str | None = None
+    published_rows: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def published_figures(self, model: str, row: str) -> dict[str, float]:
+        """Published figures by column, of a model by its bare name (mamba-130m); empty where there are none."""
+        if self.published is None or self.published_model not in (None, model):
+            return {}
+        first, second = self.published_rows.get(row, (model, row))
+        return _published()["tables"][self.published]["rows"].get(first, {}).get(second, {})
+
+
+def names() -> list[str]:
+    """The tables that there are."""
+    return sorted(file.stem for file in FOLDER.glob("*.json"))
+
+
+def load(name: str) -> Table:
+    """Raises InputError for a name that is no table's."""
+    if name not in names():
+        raise InputError(f"there is no table {name}; there are: {', '.join(names())}")
+    return Table(name=name, **json.loads((FOLDER / f"{name}.json").read_text()))
+
+
+def bare_name(model: str) -> str:
+    """What a model is called in a table: the last part of its id or path, without -hf."""
+    return Path(model).name.removesuffix("-hf")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a table: a model, a row, and the runs that fill it, one a seed."""
+
+    model: str
+    row: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What a caller wants otherwise than the table says.
+
+    Attributes:
+        models, dataset, ppl_datasets: instead of the table's; without ppl_datasets, dataset is evaluated as well.
+        only: rows to keep, by name or method. seeds: repeat every run that prunes with each.
+        flags: values of single options. words: further words for main.py, as they are.
+    """
+
+    models: Sequence[str] | None = None
+    dataset: Sequence[str] | None = None
+    ppl_datasets: Sequence[str] | None = None
+    only: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    words: Sequence[str] = ()
+
+
+def entries(table: Table, changes: Changes) -> list[Entry]:
+    """The lines of a table, in order.
+
+    Raises:
+        InputError: for changes that the table has no place for, or that main.py refuses on every line.
+    """
+    for word in changes.words:
+        if word.split("=")[0] in ("--save", "--base_dir", "--experiment_name", "--resume"):
+            raise InputError(f"{word} would send all runs of the table to one place: leave it out")
+    vary = {flag: list(values) for flag, values in table.vary.items()}
+    for flag, value in changes.flags.items():
+        if flag in vary:
+            raise InputError(f"{table.name} varies --{flag} itself: leave --{flag} {value} out")
+    calibration = [settled_dataset(name) for name in changes.dataset or [table.dataset]]
+    if "dataset" in vary:
+        vary["dataset"] = calibration if changes.dataset else vary["dataset"]
+    elif len(calibration) > 1:
+        raise InputError(f"{table.name} is calibrated on one text: give --dataset one name")
+    evaluation = changes.ppl_datasets or changes.dataset or table.ppl_datasets
+    shared = {"dataset": calibration[0], "ppl_datasets": [settled_dataset(name) for name in evaluation]}
+
+    found = []
+    for model in changes.models or table.models:
+        model = settled_model(MODELS.get(model, model))
+        for row, flags in _rows(table, vary, changes.only):
+            if "method" in flags:
+                flags = shared | table.flags | flags | changes.flags
+                seeds = changes.seeds or [None]
+            else:
+                flags = shared | flags | {key: value for key, value in changes.flags.items() if key in _EVALUATION}
+                seeds = [None]  # nothing is drawn: a seed would change nothing
+            cells = []
+            for seed in seeds:
+                words = _words(model, flags | ({} if seed is None else {"seed": seed})) + list(changes.words)
+                label = f"{bare_name(model)}, {row}" + ("" if seed is None else f", seed {seed}")
+                cells.append(Cell(label, tuple(words)))
+            found.append(Entry(model, row, tuple(cells)))
+    refusals = [cell.refusal for entry in found for cell in entry.cells]
+    if all(refusals):
+        raise InputError(refusals[0])
+    return found
+
+
+def _rows(table: Table, vary: Mapping[str, Sequence[Any]], only: Sequence[str] | None) -> list[tuple[str, dict[str, Any]]]:
+    """(name, flags) of each line, the varied flags crossed with every row that prunes."""
+    kept = {
+        row: flags for row, flags in table.rows.items() if only is None or row in only or flags.get("method") in only
+    }
+    unknown = set(only or ()) - kept.keys() - {flags.get("method") for flags in kept.values()}
+    if unknown:
+        raise InputError(f"{table.name} has no row {', '.join(sorted(unknown))}; it has: {', '.join(table.rows)}")
+    lines = []
+    for row, flags in kept.items():
+        for values in itertools.product(*vary.values()) if "method" in flags else [()]:
+            varied = dict(zip(vary, values))
+            said = [f"{flag} {Path(value).name if flag == 'dataset' else value}" for flag, value in varied.items()]
+            lines.append((", ".join([row, *said]), dict(flags) | varied))
+    return lines
+
+
+def _words(model: str, flags: Mapping[str, Any]) -> list[str]:
+    """The words of a run, flags in the order of --help."""
+    flags = dict(flags)
+    words = [model, flags.pop("dataset")]
+    for name in sorted(flags, key=lambda name: (_ORDER.get(name, len(_ORDER)), name)):
+        value = flags[name]
+        words.append(f"--{name}")
+        words += map(str, value if isinstance(value, list) else [] if value is True else [value])
+    return words
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a table: what was published, and what our runs gave, one value a seed."""
+
+    published: float | None
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the sample (n - 1); None for fewer than two runs."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours less the published one."""
+        return None if self.published is None or self.mean is None else self.mean - self.published
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table with its figures by column, the run folders that they come from, and what went wrong."""
+
+    entry: Entry
+    model: str
+    figures: dict[str, Figure]
+    runs: tuple[Path, ...]
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A table with what has been measured of it.
+
+    Attributes:
+        perplexities, accuracies: columns, by their keys in Line.figures; accuracies are percentages.
+        remarks: lines to print below it.
+    """
+
+    table: Table
+    perplexities: list[str]
+    accuracies: list[str]
+    lines: list[Line]
+    remarks: list[str]
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a published figure in any of the columns."""
+        figures = [line.figures.get(column) for line in self.lines for column in self.perplexities + self.accuracies]
+        return any(figure is not None and figure.published is not None for figure in figures)
+
+
+def fill_in(table: Table, lines: Sequence[Entry], base_dir: Path, failures: Mapping[Cell, str]) -> Filled:
+    """The table as the run folders under base_dir have it.
+
+    Args:
+        failures: of `grid.fill`; other cells without a finished run are still to be done.
+    """
+    filled = [_line(table, entry, base_dir, failures) for entry in lines]
+    able = [cell.options for entry in lines for cell in entry.cells if not cell.refusal]
+    columns = dict.fromkeys(_column(name, one.evaluation_sets) for one in able for name in one.evaluation_sets)
+    others = dict.fromkeys(column for line in filled for column in line.figures)
+    accuracies = [column for column in others if column not in (*columns, *DATASETS)]
+    return Filled(table, list(columns), accuracies, filled, _remarks(table, filled))
+
+
+def _line(table: Table, entry: Entry, base_dir: Path, failures: Mapping[Cell, str]) -> Line:
+    values: dict[str, list[float]] = {}
+    folders = []
+    for cell in entry.cells:
+        folder = None if cell.refusal else finished(cell, base_dir)
+        if folder is None:
+            continue
+        folders.append(folder)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        perplexities = {_column(name, cell.options.evaluation_sets): x for name, x in metrics["perplexity"].items()}
+        for column, value in (perplexities | _accuracies(metrics["zero_shot"])).items():
+            values.setdefault(column, []).append(value)
+    model = bare_name(entry.model)
+    published = table.published_figures(model, entry.row)
+    figures = {name: Figure(published.get(name), tuple(values.get(name, ()))) for name in {**published, **values}}
+    wrong = tuple(f"{cell.label}: {failures[cell]}" for cell in entry.cells if cell in failures)
+    return Line(entry, model, figures, tuple(folders), wrong)
+
+
+def _column(dataset: str, evaluated: Sequence[str]) -> str:
+    """A data set's column: its bare name, or all of it where another one of the run is called the same."""
+    bare = Path(dataset).name
+    return bare if sum(Path(other).name == bare for other in evaluated) == 1 else dataset
+
+
+def _accuracies(zero_shot: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """metrics.json's zero-shot accuracies, as the published columns are called and in percent.
+
+    The published average is one over five tasks: a mean over others keeps its own column.
+    """
+    mean = "average" if zero_shot.keys() - {"mean"} == set(TASKS) else "mean"
+    return {mean if task == "mean" else task: 100 * figure["value"] for task, figure in zero_shot.items()}
+
+
+def _remarks(table: Table, lines: Sequence[Line]) -> list[str]:
+    """What the reader of the figures should know."""
+    remarks = []
+    chosen = [cell.options for line in lines for cell in line.entry.cells if not cell.refusal]
+    if any(figure.published is not None for line in lines for figure in line.figures.values()):
+        remarks += table.notes
+        unlike = [f"windows of {one.seqlen} tokens, not {SEQLEN}" for one in chosen if one.seqlen != SEQLEN]
+        unlike += ["the first windows of the text only" for one in chosen if one.eval_windows is not None]
+        for one in chosen:
+            if one.method and (one.nsamples, Path(one.dataset).name) != (table.flags["nsamples"], table.dataset):
+                unlike.append(f"calibrated on {one.nsamples} windows of {Path(one.dataset).name}")
+        if unlike:
+            remarks.append(f"Ours is not measured as the published figures were ({'; '.join(dict.fromkeys(unlike))}).")
+    seeds = max((len(line.entry.cells) for line in lines), default=1)
+    if seeds > 1:
+        remarks.append(f"Mean ± standard deviation of the sample over {seeds} seeds; the dense model has none.")
+    return remarks
+
+
+def _published() -> dict[str, Any]:
+    return json.loads(TABLES.read_text())

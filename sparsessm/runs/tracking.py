@@ -1,0 +1,262 @@
+"""What a run leaves behind: BASE_DIR/EXPERIMENT/TIME/ with its options, log, events and figures; wandb where asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from sparsessm import files
+from sparsessm.errors import InputError, SparseSSMError, StorageError, check_interrupted, first_line, storage_reason, storing
+from sparsessm.report.plots import has_matplotlib, write_run_plots
+from sparsessm.report.results import read_run
+from sparsessm.runs.journal import FOLDER as JOURNAL
+from sparsessm.runs.journal import remove_journal
+
+logger = logging.getLogger("sparsessm")
+
+_REMEDY = "make room, and resume the run"
+
+
+def check_wandb() -> None:
+    """Raises InputError where wandb is wanted and not there."""
+    if importlib.util.find_spec("wandb") is None:
+        raise InputError("--log_wandb needs wandb: pip install wandb, or leave the flag out")
+
+
+class Run:
+    """The folder of one run, its log, its progress bar, and its wandb run if there is one."""
+
+    def __init__(
+        self, options: Mapping[str, Any], *, log_wandb: bool = False, resumed: Path | None = None, speaks: bool = True
+    ) -> None:
+        """Opens a new folder for the options, or that of the interrupted run `resumed`; nothing of it stays if that fails.
+
+        speaks: False in all processes but the first: they write nothing, and have no folder unless it is resumed.
+
+        Raises:
+            InputError: the folder cannot be made or written, another process has it, or wandb cannot start.
+        """
+        self.started = time.monotonic()
+        self.speaks, self.folder = speaks, resumed
+        self._bar: tqdm | None = None
+        self._phase: str | None = None
+        self._handlers: list[logging.Handler] = []
+        self._wandb = None
+        self._lock: files.Lock | None = None
+        logger.setLevel(logging.INFO if speaks else logging.ERROR)
+        if not speaks:
+            return
+        made: list[Path] = []
+        if resumed is None:
+            self.folder, made = _new_folder(Path(options["base_dir"]).expanduser() / options["experiment_name"])
+        try:
+            self._open(options, log_wandb)
+        except BaseException as error:
+            self.close(failed=True)
+            if resumed is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                files.remove_empty(made)
+            reason = storage_reason(error) if isinstance(error, OSError) and not isinstance(error, SparseSSMError) else None
+            if reason is not None:
+                raise StorageError(f"the run folder {self.folder} cannot be written ({reason}): choose --base_dir elsewhere") from error
+            raise
+
+    def _open(self, options: Mapping[str, Any], log_wandb: bool) -> None:
+        busy = f"{self.folder}: another process is working on this run: wait until it ends"
+        self._lock = files.Lock(self.folder / ".lock", busy)
+        log = self.folder / "output.log"
+        os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+        self._handlers = [_LogFile(log, encoding="utf-8"), logging.StreamHandler(sys.stderr)]
+        for handler in self._handlers:
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            logger.addHandler(handler)
+        self.write_json("options.json", options)
+        if log_wandb:
+            self._wandb = _start_wandb(options, self.folder)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a file of the run folder, whole or not at all."""
+        if self.speaks:
+            text = files.strict_json(content, indent=2) + "\n"
+            self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes a safetensors file of the run folder, whole or not at all; no file for no tensors."""
+        if self.speaks and tensors:
+            self._write(name, lambda path: save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path))
+
+    def _write(self, name: str, write: Any) -> None:
+        with storing(str(self.folder / name), _REMEDY):
+            files.write_whole(self.folder / name, write, follow=False)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Appends a line to events.jsonl: the kind, seconds since the start, and the fields."""
+        if not self.speaks:
+            return
+        line = {"event": kind, "seconds": round(time.monotonic() - self.started, 3), **fields}
+        with storing(str(self.folder / "events.jsonl"), _REMEDY):
+            files.append_line(self.folder / "events.jsonl", files.strict_json(line))
+
+    def report(self, phase: str, layer: int, **figures: float) -> None:
+        """Notes a finished layer: an event, a step of the progress bar, a row on wandb."""
+        check_interrupted()
+        if phase != self._phase:
+            self._close_bar()
+            # quiet when nobody watches: a log full of bars helps no one
+            self._bar = tqdm(desc=phase, unit="layer", disable=not (self.speaks and sys.stderr.isatty()), leave=False)
+            self._phase = phase
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
+        self._bar.update()
+        if figures:
+            self.event("layer", phase=phase, layer=layer, **figures)
+            self._to_wandb({f"{phase}/{name}": value for name, value in figures.items()} | {"layer": layer})
+
+    def finish(self, metrics: Mapping[str, Any], saved: Path | None) -> None:
+        """Writes metrics.json, and then hands metrics and the saved folder to wandb."""
+        self.write_json("metrics.json", metrics)
+        self.event("finished")
+        if self._wandb is None:
+            return
+        try:
+            import wandb
+
+            self._wandb.summary.update(_flat(metrics))
+            if saved is not None:
+                artifact = wandb.Artifact(f"checkpoint-{self._wandb.id}", type="model")
+                artifact.add_dir(str(saved))
+                self._wandb.log_artifact(artifact)
+            self._log_plots()
+        except Exception as error:  # of a service that is optional: the run has what it was for
+            logger.warning("warning: wandb did not take all of the run (%s)", first_line(error))
+
+    def _to_wandb(self, row: Mapping[str, Any]) -> None:
+        if self._wandb is not None:
+            try:
+                self._wandb.log(dict(row))
+            except Exception as error:  # the same
+                logger.warning("warning: wandb takes no more rows (%s); the run continues without", first_line(error))
+                self._wandb = None
+
+    def _log_plots(self) -> None:
+        """Hands the pictures of this run to wandb, where there is matplotlib to draw them."""
+        import wandb
+
+        if not has_matplotlib():
+            logger.info("wandb: no pictures, for matplotlib is not installed (pip install -r requirements-plots.txt)")
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            drawn = write_run_plots(read_run(self.folder), Path(folder))
+            if drawn:
+                self._wandb.log({f"plots/{kind}": wandb.Image(str(file)) for kind, file in drawn.items()})
+
+    def failed(self, error: BaseException) -> None:
+        """Puts the traceback of what ended the run into its log, and nowhere else."""
+        for handler in self._handlers:
+            if isinstance(handler, _LogFile):
+                text = "".join(traceback.format_exception(error))
+                with suppress(StorageError):
+                    handler.emit(logging.makeLogRecord({"msg": text, "levelno": logging.ERROR}))
+
+    def close(self, failed: bool = False) -> None:
+        """Lets go of the log, the bar and the folder, and ends the wandb run."""
+        self._close_bar()
+        if self._wandb is not None:
+            with suppress(Exception):  # its service may be gone
+                self._wandb.finish(exit_code=int(failed))
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            with suppress(OSError):
+                handler.close()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._phase = None, None
+
+
+class _LogFile(logging.FileHandler):
+    """A log that says when it cannot be written, instead of a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802: logging's name
+        error = sys.exc_info()[1]
+        raise StorageError(
+            f"{self.baseFilename} could not be written ({storage_reason(error) or first_line(error)}): {_REMEDY}"
+        ) from error
+
+
+def _start_wandb(options: Mapping[str, Any], folder: Path) -> Any:
+    """A wandb run; an offline one, which is said, where no key is configured.
+
+    Raises:
+        InputError: wandb refuses the settings.
+    """
+    import wandb
+
+    arguments = {
+        "project": os.environ.get("WANDB_PROJECT", "sparsessm"), "config": dict(options), "dir": str(folder),
+        "name": f"{folder.parent.name}-{folder.name}", "job_type": "prune" if options["method"] else "eval",
+    }  # fmt: skip
+    try:
+        return wandb.init(**arguments)
+    except wandb.errors.UsageError as error:
+        if "api_key" not in str(error).lower() and "api key" not in str(error).lower():
+            raise InputError(f"wandb cannot start ({first_line(error)}): correct its settings, or leave --log_wandb out") from error
+        logger.warning("warning: no key for wandb: the run is logged offline (later: wandb sync %s)", folder / "wandb")
+        try:
+            return wandb.init(mode="offline", **arguments)
+        except Exception as again:
+            raise InputError(f"wandb cannot start ({first_line(again)}): leave --log_wandb out") from again
+    except Exception as error:  # of the network, the service, the disk: they share no base class
+        raise InputError(
+            f"wandb cannot start ({first_line(error)}): set WANDB_MODE=offline, or leave --log_wandb out"
+        ) from error
+
+
+def _new_folder(parent: Path) -> tuple[Path, list[Path]]:
+    """A folder named after the time, and which of its parents are new; of two runs in one second, the later gets a number.
+
+    Journals that a kill left in finished runs beside it are removed.
+    """
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    try:
+        made = files.made_parents(parent)
+        for sibling in parent.glob(f"*/{JOURNAL}"):
+            if (sibling.parent / "metrics.json").is_file():
+                remove_journal(sibling.parent)
+        for number in range(1000):
+            folder = parent / (f"{stamp}-{number}" if number else stamp)
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder, made
+    except OSError as error:
+        raise StorageError(f"no run folder under {parent} ({storage_reason(error)}): choose --base_dir elsewhere") from None
+    raise InputError(f"no free name for a run under {parent}: choose another --experiment_name")
+
+
+def _flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested figures by their path, as wandb's tables want them."""
+    flat = {}
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}/"))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,30 @@
+import platform
+import subprocess
+import sys
+
+import pytest
+
+# Page faults of twenty tensors of 48 MiB, one after the other in the same place.
+CHURN = """
+import resource
+import torch
+from sparsessm.layerwise.memory import keep_freed
+if {keep}:
+    keep_freed()
+torch.set_num_threads(1)
+for _ in range(20):  # the heap finds its shape
+    torch.ones(12 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(12 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
+def test_tensors_get_back_the_memory_of_those_before():
+    faults = [
+        int(subprocess.run([sys.executable, "-c", CHURN.format(keep=keep)], capture_output=True, check=True).stdout)
+        for keep in (True, False)
+    ]
+    assert faults[0] < 1000 < faults[1]

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+
+from sparsessm.layerwise.statistics import Energy, Gram, TapGram, hessian
+
+B, L, D, K = 3, 10, 4, 3
+
+
+@pytest.fixture
+def inputs():
+    """(B,K-1+L,D): what the tap of conv1d shows at the start of a window, zeros first."""
+    values = torch.randn(B, K - 1 + L, D, generator=torch.Generator().manual_seed(0))
+    values[:, : K - 1] = 0
+    return values
+
+
+def test_gram_sums_outer_products_over_windows_and_steps(inputs):
+    gram = Gram(D)
+    gram.update(inputs[:2])
+    gram.update(inputs[2:])
+    expected = sum(np.outer(x, x) for window in inputs.double().numpy() for x in window)
+    np.testing.assert_allclose(gram.total.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gram_skips_the_history_of_a_convolution(inputs):
+    inputs[:, : K - 1] = 7.0
+    gram = Gram(D, skip=K - 1)
+    gram.update(inputs)
+    x = inputs[:, K - 1 :].double().flatten(0, 1)
+    torch.testing.assert_close(gram.total, x.T @ x, rtol=1e-5, atol=1e-5)
+
+
+def test_energy_is_the_diagonal_of_gram(inputs):
+    gram, energy = Gram(D), Energy(D)
+    gram.update(inputs)
+    energy.update(inputs)
+    torch.testing.assert_close(energy.total, gram.total.diagonal(), rtol=1e-5, atol=1e-5)
+
+
+def test_tap_gram_is_the_gram_of_each_channels_shifted_inputs(inputs):
+    """Tap k of the weight meets the input K-1-k steps back, zero before the window."""
+    gram = TapGram(D, K)
+    gram.update(inputs)
+    expected = np.zeros((D, K, K))
+    for window in inputs[:, K - 1 :].double().numpy():
+        for d in range(D):
+            for t in range(L):
+                seen = [window[t - (K - 1 - k), d] if t - (K - 1 - k) >= 0 else 0.0 for k in range(K)]
+                expected[d] += np.outer(seen, seen)
+    np.testing.assert_allclose(gram.total.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda: Gram(D, skip=K - 1), lambda: TapGram(D, K)], ids=["Gram", "TapGram"])
+def test_pieces_with_their_history_make_the_whole(inputs, make):
+    whole, pieces = make(), make()
+    whole.update(inputs)
+    for start in range(0, L, 4):
+        pieces.update(inputs[:, start : start + 4 + K - 1])
+    torch.testing.assert_close(pieces.total, whole.total, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Gram(D), lambda: Energy(D), lambda: TapGram(D, K)], ids=["Gram", "Energy", "TapGram"]
+)
+def test_merge_adds_another_share_of_the_windows(inputs, make):
+    whole, one, other = make(), make(), make()
+    whole.update(inputs)
+    one.update(inputs[:1])
+    other.update(inputs[1:])
+    one.merge(other)
+    torch.testing.assert_close(one.total, whole.total, rtol=1e-6, atol=1e-6)
+
+
+def test_sums_are_kept_in_float64_whatever_comes_in(inputs):
+    for accumulator in (Gram(D), Energy(D), TapGram(D, K)):
+        accumulator.update(inputs.bfloat16())
+        assert accumulator.total.dtype == torch.float64
+
+
+def test_products_of_bfloat16_inputs_are_not_rounded_to_it():
+    energy = Energy(1)
+    energy.update(torch.full((1, 1000, 1), 1.0078125, dtype=torch.bfloat16))
+    assert float(energy.total) == pytest.approx(1000 * 1.0078125**2, rel=1e-6)
+
+
+def test_hessian_divides_by_samples_and_not_by_tokens():
+    H = hessian(torch.full((2, 2), 12.0, dtype=torch.float64), nsamples=8)
+    assert H.dtype == torch.float32 and H.tolist() == [[3.0, 3.0], [3.0, 3.0]]
