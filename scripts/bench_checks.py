@@ -21,6 +21,7 @@ from benchmarking import SHAPES, alone, machine, peak_memory, random_model
 
 from sparsessm.layerwise.parity import check_parity
 from sparsessm.models import checkpoint
+from sparsessm.models.architecture import Layout
 from sparsessm.options import Options
 from sparsessm.report.tables import text_table
 from sparsessm.run import run
@@ -31,8 +32,9 @@ def load(folder: str, checks: bool) -> dict[str, float]:
     model = checkpoint.load(checkpoint.find(folder))
     found = {}
     if checks:
-        check_parity(model, folder, torch.device("cpu"))  # compiles the scan, which every run needs anyway
-        found["parity"] = check_parity(model, folder, torch.device("cpu")).seconds
+        layout, cpu = Layout(model), torch.device("cpu")
+        check_parity(layout, folder, cpu)  # compiles the scan, which every run needs anyway
+        found["parity"] = check_parity(layout, folder, cpu).seconds
         start = time.perf_counter()
         checkpoint.fingerprint(model)
         found["hash"] = time.perf_counter() - start
@@ -40,12 +42,11 @@ def load(folder: str, checks: bool) -> dict[str, float]:
 
 
 def prune(folder: str, nsamples: int, seqlen: int, base: str) -> dict[str, Any]:
-    return run(
-        Options(
-            model=folder, dataset="demo", method="sparsessm", prune_A=True, sparsity=0.5, nsamples=nsamples, seqlen=seqlen,
-            eval_windows=8, base_dir=base,
-        )  # fmt: skip
-    )
+    chosen = Options(
+        model=folder, dataset="demo", method="sparsessm", prune_A=True, sparsity=0.5, nsamples=nsamples, seqlen=seqlen,
+        eval_windows=8, base_dir=base,
+    )  # fmt: skip
+    return run(chosen)
 
 
 def write_model(shape: str, folder: str) -> None:

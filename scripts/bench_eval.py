@@ -27,8 +27,9 @@ from benchmarking import (
 )
 from torch import Tensor
 
-from sparsessm.evaluation.perplexity import perplexity
 from sparsessm.layerwise.memory import keep_freed
+from sparsessm.metrics.perplexity import perplexity
+from sparsessm.models.architecture import Layout
 from sparsessm.report.tables import text_table
 
 
@@ -50,7 +51,7 @@ def bench(*, shape: str, layers: int, batch: int, seqlen: int, threads: int, rou
     found: dict[str, float] = {}
 
     def here() -> None:
-        found["here"] = perplexity(model, windows, device="cpu", offload="cpu", batch=batch).value
+        found["here"] = perplexity(Layout(model), windows, device="cpu", offload="cpu", batch=batch).value
 
     def there() -> None:
         found["stock"] = stock(model, windows)

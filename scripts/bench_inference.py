@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
+import transformers
 
-from scripts.benchmarking import machine  # noqa: E402
-from sparsessm.errors import InputError  # noqa: E402
-from sparsessm.evaluation.speed import cells, measure, verdict  # noqa: E402
-from sparsessm.report.tables import text_table  # noqa: E402
+from scripts.benchmarking import machine
+from sparsessm.errors import InputError
+from sparsessm.metrics.speed import cells, measure, verdict
+from sparsessm.report.tables import text_table
 
 
 def bench(*, checkpoints: list[str], prompt: int, tokens: int, batch: int, rounds: int) -> None:

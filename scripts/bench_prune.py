@@ -31,14 +31,12 @@ from benchmarking import (
     median_ratio,
     peak_memory,
     projection_operations,
+    prune_half,
     random_model,
 )
 from torch import Tensor, nn
 
 from sparsessm.layerwise.memory import keep_freed
-from sparsessm.layerwise.walk import Stream
-from sparsessm.procedure.pipeline import TransitionPlan, prune_A_log
-from sparsessm.pruning.patterns import Unstructured
 from sparsessm.report.tables import text_table
 
 
@@ -94,16 +92,13 @@ def measure(side: str, shape: str, layers: int, nsamples: int, seqlen: int, thre
         keep_freed()  # as the command does
     model = random_model(shape, layers, vocab=1024)
     windows = torch.randint(1024, (nsamples, seqlen), generator=torch.Generator().manual_seed(1))
-    plan = TransitionPlan(Unstructured(0.5), saliency="a_log", aggregate="vote")
-    warm = Stream.embed(model, windows[:1, :32], device="cpu", offload="cpu", batch=1)
-    prune_A_log(random_model(shape, 1, vocab=1024), warm, plan, 0, 1, lambda *_, **__: None)  # compiles the scan
+    place = {"device": "cpu", "offload": "cpu"}
+    prune_half(random_model(shape, 1, vocab=1024), windows[:1, :32], batch=1, **place)  # compiles the scan
     held, start = peak_memory(), time.perf_counter()
     if side == "published":
         masks = published(model, windows)
     else:
-        budget = 0 if side == "lean" else None
-        stream = Stream.embed(model, windows, device="cpu", offload="cpu", batch=8, budget=budget)
-        masks = list(prune_A_log(model, stream, plan, 0, layers, lambda *_, **__: None).values())
+        masks = prune_half(model, windows, batch=8, budget=0 if side == "lean" else None, **place)
     return {"seconds": time.perf_counter() - start, "bytes": peak_memory() - held, "masks": [m.numpy() for m in masks]}
 
 
@@ -122,7 +117,8 @@ def bench(*, shape: str, layers: int, nsamples: int, seqlen: int, threads: int, 
     print(text_table([
         {
             "procedure": side, "seconds": f"{statistics.median(seconds[side]):.2f}",
-            "us per token and layer": f"{1e6 * statistics.median(seconds[side]) / tokens:.1f}", "peak MiB": f"{peak[side] / 2**20:.0f}",
+            "us per token and layer": f"{1e6 * statistics.median(seconds[side]) / tokens:.1f}",
+            "peak MiB": f"{peak[side] / 2**20:.0f}",
         }
         for side in runs
     ]))  # fmt: skip
@@ -138,8 +134,9 @@ def bench(*, shape: str, layers: int, nsamples: int, seqlen: int, threads: int, 
     for side in ("here", "lean"):
         ratio, share = median_ratio(seconds["published"], seconds[side]), peak[side] / peak["published"]
         print(f"{side}: {ratio:.1f} times faster than published, {share:.2f} of its memory")
-    print(f"limit: once through all projections at {rate / 1e9:.0f} GFLOP/s, twice through the scan at {exp_rate / 1e9:.0f} G "
-          f"exponentials/s: {1e6 * limit / tokens:.1f} us; gap {statistics.median(seconds['here']) / limit:.2f}")  # fmt: skip
+    print(f"limit: once through all projections at {rate / 1e9:.0f} GFLOP/s, twice through the scan at "
+          f"{exp_rate / 1e9:.0f} G exponentials/s: {1e6 * limit / tokens:.1f} us; "
+          f"gap {statistics.median(seconds['here']) / limit:.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,14 +24,11 @@ from pathlib import Path
 import benchmarking
 import numpy as np
 import torch
-from benchmarking import alone, machine, peak_memory, random_model
+from benchmarking import alone, machine, peak_memory, prune_half, random_model
 
 from sparsessm.layerwise import distributed as ranks
 from sparsessm.layerwise.memory import keep_freed
-from sparsessm.layerwise.walk import Stream
 from sparsessm.models import checkpoint
-from sparsessm.procedure.pipeline import TransitionPlan, prune_A_log
-from sparsessm.pruning.patterns import Unstructured
 from sparsessm.report.tables import text_table
 
 FACTORS = {"nsamples": (1, 2, 4, 8), "seqlen": (1, 2, 4, 8), "layers": (1, 2, 3), "processes": (1, 2)}
@@ -44,16 +41,12 @@ def prune(folder: str, nsamples: int, seqlen: int, offload: str, budget: int | N
     device = ranks.start(torch.device("cpu"))
     model = checkpoint.load(checkpoint.find(folder))
     windows = torch.randint(1024, (nsamples, seqlen), generator=torch.Generator().manual_seed(1))
-    plan = TransitionPlan(Unstructured(0.5), saliency="a_log", aggregate="vote")
-
-    def once(ids: torch.Tensor, stop: int) -> None:
-        stream = Stream.embed(model, ids, device=device, offload=offload, batch=4, budget=budget, scratch=folder)
-        prune_A_log(model, stream, plan, 0, stop, lambda *_, **__: None)
-
-    once(windows[: 4 * int(os.environ.get("WORLD_SIZE", "1")), :2], 0)  # compiles the scan and prunes no layer
+    placement = {"device": device, "offload": offload, "batch": 4, "budget": budget, "scratch": folder}
+    few = windows[: 4 * int(os.environ.get("WORLD_SIZE", "1")), :2]
+    prune_half(model, few, layers=0, **placement)  # compiles the scan and prunes no layer
     ranks.barrier()
     start = time.perf_counter()
-    once(windows, len(model.backbone.layers))
+    prune_half(model, windows, **placement)
     found = {"seconds": time.perf_counter() - start, "bytes": peak_memory()}
     if ranks.is_main() and "RANK" in os.environ:
         print(RESULT + json.dumps(found), flush=True)

@@ -2,13 +2,14 @@
 
     python scripts/bench_scan.py [--shape 130m] [--batch 8] [--steps 512] [--states 16] [--threads 2] [--rounds 5]
 
-All scan the same float32 input. `loop` is the reference of sparsessm.kernels.selective_scan: one vectorised torch step after the
-other. `stock` is what transformers runs on a CPU. The limits are measured on the spot, on numbers in the first-level
-cache, by as many threads: `exp` is the rate of the scan's own exponential, `torch.exp` that of torch, `step` that of an
-exponential with the products and sums of one state, `edge` that of the softplus and the gate of one channel, `fma` that of
-one product and sum; `copy` is the rate of reading and writing main memory. "limit" is the time that the arithmetic of a
-scan takes at these rates (its states at `step`, its channels at `edge`, what its sums add at `fma`), or its bytes at
-`copy`, whichever is longer; "gap" is the time of the scan over that, "gap exp" over that of the exponentials alone.
+All scan the same float32 input. `loop` is the reference of sparsessm.kernels.selective_scan: one vectorised torch step
+after the other. `stock` is what transformers runs on a CPU. The limits are measured on the spot, on numbers in the
+first-level cache, by as many threads: `exp` is the rate of the scan's own exponential, `torch.exp` that of torch,
+`step` that of an exponential with the products and sums of one state, `edge` that of the softplus and the gate of one
+channel, `fma` that of one product and sum; `copy` is the rate of reading and writing main memory. "limit" is the time
+that the arithmetic of a scan takes at these rates (its states at `step`, its channels at `edge`, what its sums add at
+`fma`), or its bytes at `copy`, whichever is longer; "gap" is the time of the scan over that, "gap exp" over that of the
+exponentials alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from sparsessm.kernels.lanes import LANES, fill, fma, load, power, silu, softplus, store
 from sparsessm.kernels.selective_scan import (
-    ScanMoments,
+    ScanStatistics,
     force_kernel,
     selective_scan,
     selective_scan_ref,
@@ -150,16 +151,16 @@ def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, roun
     fused = partial(selective_scan, **values, delta_softplus=True)
     loop = partial(selective_scan_ref, **values, delta_softplus=True)
 
-    def moments(*needs: str) -> ScanMoments:
-        return ScanMoments.zeros(needs, L, D, N, "cpu")
+    def sums(*needs: str) -> ScanStatistics:
+        return ScanStatistics.zeros(needs, L, D, N, "cpu")
 
     peers = {
         "fused": fused,
-        "fused, h2": partial(fused, moments=moments("h2")),
-        "fused, h2 and abar": partial(fused, moments=moments("h2", "abar")),
-        "fused, gram": partial(fused, moments=moments("gram")),
+        "fused, h2": partial(fused, statistics=sums("h2")),
+        "fused, h2 and abar": partial(fused, statistics=sums("h2", "abar")),
+        "fused, gram": partial(fused, statistics=sums("gram")),
         "loop": loop,
-        "loop, h2": partial(loop, moments=moments("h2")),
+        "loop, h2": partial(loop, statistics=sums("h2")),
         "stock": partial(stock, values),
     }
     machine_limits = limits(threads) | torch_limits(threads)
@@ -169,9 +170,10 @@ def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, roun
     rates = {name: count / statistics.median(seconds[name]) for name, (_, count) in machine_limits.items()}
     states, channels, word = B * L * D * N, B * L * D, 4
     streams = word * (4 * B * L * D + 2 * B * L * N)  # u, delta, z and y; B and C
-    sums = 2 * 8 * L * D * N  # a sum in float64 is read and written
+    moved_by_sum = 2 * 8 * L * D * N  # a sum in float64 is read and written
     bounds = {  # bytes moved, and products for each state beside its step
-        "fused": (streams, 0), "fused, h2": (streams + sums, 1), "fused, h2 and abar": (streams + 2 * sums, 2),
+        "fused": (streams, 0), "fused, h2": (streams + moved_by_sum, 1),
+        "fused, h2 and abar": (streams + 2 * moved_by_sum, 2),
         "fused, gram": (streams, 3 + (N + 1) / 2),
     }  # fmt: skip
     rows = []

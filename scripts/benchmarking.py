@@ -15,13 +15,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import MambaConfig, MambaForCausalLM  # noqa: E402
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from sparsessm.kernels.matmul import linear  # noqa: E402
-from sparsessm.models.mamba1 import MODULES  # noqa: E402
+from sparsessm.kernels.matmul import linear
+from sparsessm.layerwise.stream import Stream
+from sparsessm.models.architecture import Layout
+from sparsessm.models.mamba1 import Mamba1Mixer
+from sparsessm.procedure.driver import Job, masks_of, run_pass
+from sparsessm.procedure.plan import TransitionPlan
+from sparsessm.procedure.transitions import PruneTransitions
+from sparsessm.pruning.patterns import Unstructured
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -73,6 +79,25 @@ def random_model(shape: str, layers: int, *, vocab: int = 50280, seed: int = 0) 
     return MambaForCausalLM(config).eval().requires_grad_(False)
 
 
+def random_heads(layers: int, *, vocab: int = 50288, seed: int = 0) -> Mamba2ForCausalLM:
+    """A stock model of the shape of mamba2-130m with random weights and so many layers."""
+    torch.manual_seed(seed)
+    config = Mamba2Config(
+        hidden_size=768, num_hidden_layers=layers, vocab_size=vocab, num_heads=24, head_dim=64, state_size=128, n_groups=1,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Mamba2ForCausalLM(config).eval().requires_grad_(False)
+
+
+def prune_half(model: nn.Module, windows: Tensor, layers: int | None = None, **placement: Any) -> list[Tensor]:
+    """Half of A_log of the first layers, of all by default, by method sparsessm; the masks (D,N) by layer."""
+    layout = Layout(model)
+    plan = TransitionPlan(Unstructured(0.5), saliency="a_log", aggregate="vote")
+    stop = len(layout.layers) if layers is None else layers
+    job = Job(layout, lambda: Stream.embed(layout, windows, **placement), 0, stop)
+    return list(masks_of(run_pass(job, PruneTransitions(plan))).values())
+
+
 def matrix_products(d_model: int) -> tuple[Callable[[], None], int]:
     """Some products of the size of in_proj for 1024 tokens, and their floating point operations: for the matrix rate."""
     x, weight = torch.randn(1024, d_model), torch.randn(4 * d_model, d_model)
@@ -86,7 +111,8 @@ def matrix_products(d_model: int) -> tuple[Callable[[], None], int]:
 
 def projection_operations(block: nn.Module) -> int:
     """Floating point operations of the projections of a block, for each token."""
-    return 2 * sum(block.mixer.get_submodule(name).weight.numel() for name in MODULES if name != "conv1d")
+    products = (name for name in Mamba1Mixer.MODULES if name != "conv1d")
+    return 2 * sum(block.mixer.get_submodule(name).weight.numel() for name in products)
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -98,3 +124,12 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 def peak_memory() -> int:
     """Bytes that this process has held at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident_memory() -> int:
+    """Bytes that this process holds now, on Linux; elsewhere what it has held at most."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory()
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -19,24 +19,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm.calibration import text  # noqa: E402
-from sparsessm.evaluation.perplexity import perplexity  # noqa: E402
-from sparsessm.layerwise.walk import Stream  # noqa: E402
-from sparsessm.models import checkpoint  # noqa: E402
-from sparsessm.models.tokenizing import load_tokenizer  # noqa: E402
-from sparsessm.options import Options  # noqa: E402
-from sparsessm.procedure import schedule  # noqa: E402
-from sparsessm.report.tables import text_table  # noqa: E402
+from sparsessm.corpora import text
+from sparsessm.layerwise.stream import Stream
+from sparsessm.metrics.perplexity import perplexity
+from sparsessm.models import checkpoint
+from sparsessm.models.architecture import Layout, targets
+from sparsessm.models.tokenizing import load_tokenizer
+from sparsessm.options import Options
+from sparsessm.procedure.driver import Job
+from sparsessm.procedure.plan import plan_of
+from sparsessm.procedure.prune import prune
+from sparsessm.report.tables import text_table
 
 PLACE = {"device": "cpu", "offload": "cpu", "batch": 8}
 OBS = {"method": "sparsessm_obs"}
 JUNE, OCTOBER, GPT = {"method": "sparsessm"}, {"method": "sparsessm_dev"}, {"method": "sparsegpt"}
 A, WEIGHTS, BOTH = {"prune_A": True}, {"prune_layers": True}, {"prune_A": True, "prune_layers": True}
 TWO_OF_FOUR = {"prunen": 2, "prunem": 4}
-
-
-def silent(*_: object, **__: object) -> None:
-    """A report to nobody."""
 
 
 class Bench:
@@ -61,13 +60,14 @@ class Bench:
         nsamples: int | None = None, seed: int = 0,
     ) -> list[float]:  # fmt: skip
         """Perplexities after pruning as the flags say, on the data sets `on`; without flags, of the dense model."""
-        model = checkpoint.load(self.source)
+        layout = Layout(checkpoint.load(self.source))
         if flags:
             chosen = Options(model="demo", dataset="demo", **{key: value for given in flags for key, value in given.items()})
             windows = self.calibration(calibrate or self.dataset, nsamples or self.sizes[1], seed)
-            embed = lambda: Stream.embed(model, windows, **PLACE)  # noqa: E731
-            schedule.prune(model, embed, *chosen.plans(), 0, len(model.backbone.layers), silent)
-        return [perplexity(model, self.evaluation(name), **PLACE).value for name in on or (self.dataset,)]
+            modules = targets(layout.modules(layout.layers[0]), chosen.target_modules, chosen.module)
+            job = Job(layout, lambda: Stream.embed(layout, windows, **PLACE), 0, len(layout.layers))
+            prune(job, plan_of(chosen, modules), windows)
+        return [perplexity(layout, self.evaluation(name), **PLACE).value for name in on or (self.dataset,)]
 
     def cell(self, *flags: dict[str, Any], **how: Any) -> str:
         return " / ".join(f"{value:.2f}" for value in self.measure(*flags, **how))
@@ -112,8 +112,9 @@ def sparsity(bench: Bench, other: list[str]) -> list[dict[str, str]]:
         for label, flags in {"A_log sparsessm_dev": [OCTOBER, A], "A_log sparsessm_obs": [OBS, A]}.items():
             row[label] = bench.cell(*flags, {"sparsity": share})
         if share <= 0.8:
-            for label, flags in {"weights sparsegpt": [GPT, WEIGHTS], "weights sparsessm_obs": [OBS, WEIGHTS],
-                                 "both sparsessm_dev": [OCTOBER, BOTH], "both sparsessm_obs": [OBS, BOTH]}.items():  # fmt: skip
+            more = {"weights sparsegpt": [GPT, WEIGHTS], "weights sparsessm_obs": [OBS, WEIGHTS],
+                    "both sparsessm_dev": [OCTOBER, BOTH], "both sparsessm_obs": [OBS, BOTH]}  # fmt: skip
+            for label, flags in more.items():
                 row[label] = bench.cell(*flags, {"sparsity": share})
         rows.append(row)
     return rows
@@ -140,13 +141,14 @@ def patterns(bench: Bench, other: list[str]) -> list[dict[str, str]]:
 def transfer(bench: Bench, other: list[str]) -> list[dict[str, str]]:
     """Calibration on one text, evaluation on all."""
     on, rows = (bench.dataset, *other), []
-    rows.append({"pruned": "dense", "calibrated on": "-", **dict(zip(on, map("{:.2f}".format, bench.measure(on=on))))})
+    found = dict(zip(on, map("{:.2f}".format, bench.measure(on=on)), strict=True))
+    rows.append({"pruned": "dense", "calibrated on": "-", **found})
     methods = {"sparsessm_dev": [OCTOBER], "sparsessm_obs": [OBS]}
     for text_name in (bench.dataset, *other[:1]):
         for label, setting in {"A_log 80 %": {**A, "sparsity": 0.8}, "weights 50 %": {**WEIGHTS, "sparsity": 0.5}}.items():
             for name, flags in methods.items():
                 values = bench.measure(*flags, setting, on=on, calibrate=text_name)
-                found = dict(zip(on, map("{:.2f}".format, values)))
+                found = dict(zip(on, map("{:.2f}".format, values), strict=True))
                 rows.append({"pruned": f"{label}, {name}", "calibrated on": text_name, **found})
     return rows
 

@@ -9,8 +9,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm.options import Options  # noqa: E402
-from sparsessm.report.tables import row, text_table  # noqa: E402
+from sparsessm.options import Options
+from sparsessm.report.tables import row, text_table
 
 METHODS = (None, "magnitude", "sparsessm", "sparsessm_dev")
 SETTINGS = {"seqlen": 512, "nsamples": 16, "eval_windows": 32, "experiment_name": "demo"}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm.kernels.selective_scan import EFFECTS, ScanMoments, selective_scan_ref  # noqa: E402
+from sparsessm.kernels.selective_scan import EFFECTS, ScanStatistics, selective_scan_ref
 
 NEEDS = ("h2", "abar", "hh", "gram")
 # (B,L,D,N): one of everything, sizes that fit no tile, more samples than are summed at once, the models' own.
@@ -72,26 +72,26 @@ def check(scan: Scan, device: str, shapes: list[Shape], report: Callable[[str], 
         _, L, D, N = shape
         effect = EFFECTS[number % len(EFFECTS)]
         values = draw(shape, dtype, device, seed=number)
-        exact = ScanMoments.zeros(NEEDS, L, D, N, device, effect)
+        exact = ScanStatistics.zeros(NEEDS, L, D, N, device, effect)
         expected = selective_scan_ref(
-            **{k: v.double() if isinstance(v, Tensor) else v for k, v in values.items()}, moments=exact
+            **{k: v.double() if isinstance(v, Tensor) else v for k, v in values.items()}, statistics=exact
         )
-        moments = [ScanMoments.zeros(NEEDS, L, D, N, device, effect) for _ in range(2)]
-        (y, state), again = (scan(**values, moments=m) for m in moments)
+        sums = [ScanStatistics.zeros(NEEDS, L, D, N, device, effect) for _ in range(2)]
+        (y, state), again = (scan(**values, statistics=each) for each in sums)
         plain, last = scan(**values)
         rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
         errors = {
             "y": off(y, expected[0]) - rounding, "y without sums": off(plain, expected[0]) - rounding,
             "state": off(state, expected[1]), "state without sums": off(last, expected[1]),
-            **{name: off(getattr(moments[0], name), getattr(exact, name)) for name in NEEDS},
+            **{name: off(getattr(sums[0], name), getattr(exact, name)) for name in NEEDS},
             **pieces(scan, values, exact, expected, rounding),
         }  # fmt: skip
         faults = [f"{name} off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
-        pairs = zip([y, state, *moments[0].tensors()], [*again, *moments[1].tensors()], strict=True)
+        pairs = zip([y, state, *sums[0].tensors()], [*again, *sums[1].tensors()], strict=True)
         if not all(torch.equal(first, second) for first, second in pairs):
             faults.append("other bits the second time")
-        no_transition = ScanMoments.zeros(("abar",), L, D, N, device)
-        scan(**values | {"A": torch.full_like(values["A"], -torch.tensor(30.0).exp().item())}, moments=no_transition)
+        no_transition = ScanStatistics.zeros(("abar",), L, D, N, device)
+        scan(**values | {"A": torch.full_like(values["A"], -torch.tensor(30.0).exp().item())}, statistics=no_transition)
         if no_transition.abar.any():
             faults.append("transitions where there are none")
         worst = max(max(errors.values()), 0.0)
@@ -100,17 +100,18 @@ def check(scan: Scan, device: str, shapes: list[Shape], report: Callable[[str], 
     return wrong
 
 
-def pieces(scan: Scan, values: dict, exact: ScanMoments, expected: tuple[Tensor, Tensor], rounding: float) -> dict:
+def pieces(scan: Scan, values: dict, exact: ScanStatistics, expected: tuple[Tensor, Tensor], rounding: float) -> dict:
     """Errors of a scan in two pieces, the second from where the first ended."""
-    L, found, state, twin = values["u"].shape[1], [], None, None
-    total = dataclasses.replace(exact, **{name: torch.zeros_like(getattr(exact, name)) for name in NEEDS}, twin=None)
+    L, found, state, counterfactual = values["u"].shape[1], [], None, None
+    empty = {name: torch.zeros_like(getattr(exact, name)) for name in NEEDS}
+    total = dataclasses.replace(exact, **empty, counterfactual=None)
     for part in (slice(0, L // 3), slice(L // 3, L)):
         if part.start == part.stop:
             continue
         piece = {k: v[:, part] if k in ("u", "delta", "B", "C", "z") else v for k, v in values.items()}
-        moments = dataclasses.replace(total, h2=total.h2[part], abar=total.abar[part], twin=twin)
-        y, state = scan(**piece | {"h0": state}, moments=moments)
-        twin = moments.twin
+        sums = dataclasses.replace(total, h2=total.h2[part], abar=total.abar[part], counterfactual=counterfactual)
+        y, state = scan(**piece | {"h0": state}, statistics=sums)
+        counterfactual = sums.counterfactual
         found.append(y)
     errors = {"y": off(torch.cat(found, 1), expected[0]) - rounding, "state": off(state, expected[1])}
     errors |= {name: off(getattr(total, name), getattr(exact, name)) for name in NEEDS}
@@ -149,21 +150,20 @@ def copy_bandwidth() -> float:
 
 def time_all(dtype: torch.dtype) -> None:
     """Prints the table of times for inputs of a dtype."""
-    from sparsessm.kernels import convolution as conv_cuda
-    from sparsessm.kernels import scan_cuda
+    from sparsessm.kernels import convolution, scan_cuda
 
     copy = copy_bandwidth()
     theirs = scan_cuda.mamba_ssm_scan("cuda", dtype)
-    packages = {"mamba-ssm": theirs, "causal-conv1d": conv_cuda.causal_conv1d("cuda", dtype)}
+    packages = {"mamba-ssm": theirs, "causal-conv1d": convolution.causal_conv1d("cuda", dtype)}
     served = ", ".join(f"{'with' if found else 'no'} {name}" for name, found in packages.items())
     print(f"\n{str(dtype)[6:]}, B {BATCH}, N 16; a copy has {copy:.0f} GB/s; {served}")
     print("     model     L     sums        ms   GB/s of copy  torch loop ms  mamba-ssm ms")
     for (model, D), L in ((pair, L) for pair in MODELS.items() for L in LENGTHS):
         values = draw((BATCH, L, D, 16), dtype, "cuda")
         for needs in TIMED_NEEDS:
-            moments = ScanMoments.zeros(needs, L, D, 16, "cuda")
-            ours = median_ms(lambda: scan_cuda.scan_by_triton(**values, moments=moments), 20)  # noqa: B023
-            loop = median_ms(lambda: selective_scan_ref(**values, moments=moments), 3)  # noqa: B023
+            sums = ScanStatistics.zeros(needs, L, D, 16, "cuda")
+            ours = median_ms(lambda: scan_cuda.scan_by_triton(**values, statistics=sums), 20)  # noqa: B023
+            loop = median_ms(lambda: selective_scan_ref(**values, statistics=sums), 3)  # noqa: B023
             other = ""
             if theirs and not needs:
                 arguments = [value for name, value in values.items() if name != "h0"]

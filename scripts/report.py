@@ -15,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm.errors import ending_in_one_line  # noqa: E402
-from sparsessm.report.plots import check_matplotlib, write_plots  # noqa: E402
-from sparsessm.report.report import write_report  # noqa: E402
-from sparsessm.report.results import read_runs  # noqa: E402
-from sparsessm.report.wording import plural  # noqa: E402
+from sparsessm.errors import ending_in_one_line
+from sparsessm.report.plots import check_matplotlib, write_plots
+from sparsessm.report.report import write_report
+from sparsessm.report.results import read_runs
+from sparsessm.report.wording import plural
 
 
 @ending_in_one_line

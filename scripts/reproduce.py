@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm.errors import ending_in_one_line  # noqa: E402
-from sparsessm.runs import grid, paper, paper_output  # noqa: E402
+from sparsessm.errors import ending_in_one_line
+from sparsessm.runs import grid, paper, paper_output
 
 
 def reproduce(

@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm.errors import InputError, ending_in_one_line, storing  # noqa: E402
-from sparsessm.files import write_text  # noqa: E402
-from sparsessm.runs import grid, sweeps  # noqa: E402
+from sparsessm.errors import InputError, ending_in_one_line, storing
+from sparsessm.files import write_text
+from sparsessm.runs import grid, sweeps
 
 
 def sweep_local(

@@ -265,9 +265,9 @@ def mixer_forward(mixer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     length, d_inner, d_state = x.shape[1], mixer.intermediate_size, mixer.ssm_state_size
     u, gate = mixer.in_proj(x).split(d_inner, dim=-1)  # (B, L, D) each
     # The causal convolution as a sum of shifted copies: torch's own takes longer on a CPU than the rest of the block.
-    taps = mixer.conv1d.weight[:, 0].unbind(-1)  # K of (D,)
-    padded = F.pad(u, (0, 0, len(taps) - 1, 0))  # (B, K - 1 + L, D)
-    u = F.silu(sum(tap * padded[:, k : k + length] for k, tap in enumerate(taps)) + mixer.conv1d.bias)
+    weights = mixer.conv1d.weight[:, 0].unbind(-1)  # K of (D,)
+    padded = F.pad(u, (0, 0, len(weights) - 1, 0))  # (B, K - 1 + L, D)
+    u = F.silu(sum(weight * padded[:, k : k + length] for k, weight in enumerate(weights)) + mixer.conv1d.bias)
     dt, b, c = mixer.x_proj(u).split([mixer.time_step_rank, d_state, d_state], dim=-1)  # (B, L, R), (B, L, N) twice
     dt = F.softplus(mixer.dt_proj(dt))  # (B, L, D)
     time_first = (each.transpose(0, 1) for each in (dt, u, b, c))  # (L, B, D) twice, (L, B, N) twice

@@ -11,4 +11,33 @@ and for the quantities of one selective scan (Gu and Dao 2023, section 3; docs/D
     A = -exp(A_log)  (D,N)        Abar_t = exp(dt_t A)  (D,N)     h_t  state after step t  (D,N)
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sparsessm.api import calibration, evaluation, load, perplexity, prune, save
+    from sparsessm.pruning.saliency import register_saliency
+    from sparsessm.result import Result
+
+# Where each public name is; loaded when first asked for, so that --help need not wait for torch.
+_PUBLIC = {
+    **dict.fromkeys(("load", "calibration", "evaluation", "prune", "perplexity", "save"), "sparsessm.api"),
+    "register_saliency": "sparsessm.pruning.saliency",
+    "Result": "sparsessm.result",
+}
+
+__all__ = [
+    "Result", "calibration", "evaluation", "load", "perplexity", "prune", "register_saliency", "save",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'sparsessm' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsessm.errors import InputError
-from sparsessm.evaluation import zero_shot
-from sparsessm.models.mamba1 import MODULE_TYPES
+from sparsessm.metrics.tasks import TASKS
 from sparsessm.pruning.methods import METHODS, Method
 from sparsessm.pruning.saliency import SALIENCIES
 
-if TYPE_CHECKING:
-    from sparsessm.options import Options
 
-
-def check(options: Options) -> None:
-    """Everything that can be known to be wrong without looking at the model.
+def check(options: Any) -> None:
+    """Everything that can be known to be wrong with Options without looking at the model.
 
     Raises:
         InputError: one line that says what to do.
@@ -58,9 +54,9 @@ def check(options: Options) -> None:
     _check_share(options)
 
 
-def _check_zero_shot(options: Options) -> None:
+def _check_zero_shot(options: Any) -> None:
     names = options.zero_shot_tasks
-    if not options.eval_zero_shot and (names != zero_shot.TASKS or options.zero_shot_include is not None):
+    if not options.eval_zero_shot and (names != TASKS or options.zero_shot_include is not None):
         raise InputError("--zero_shot_tasks and --zero_shot_include do nothing alone: add --eval_zero_shot")
     if len(set(names)) < len(names):
         raise InputError(f"--zero_shot_tasks names a task twice: {' '.join(names)}")
@@ -68,15 +64,15 @@ def _check_zero_shot(options: Options) -> None:
         raise InputError("--zero_shot_tasks: a task cannot be called mean, as the mean of all tasks is: rename it")
 
 
-def _check_method(options: Options) -> None:
+def _check_method(options: Any) -> None:
     method, name = options.recipe, options.method
     if not (options.prune_A or options.prune_layers):
         raise InputError(f"--method {name} needs something to prune: give --prune_A, --prune_layers or both")
-    if method.sheds:
-        _check_shedding(options)
+    if method.removes_parts:
+        _check_removal(options)
         return
     if options.shed_target:
-        raise InputError(f"--method {name} sheds nothing whole: leave out --shed_target")
+        raise InputError(f"--method {name} removes no whole parts: leave out --shed_target")
     if options.prune_A and not method.prunes_A_log:
         able = [key for key, value in METHODS.items() if value.prunes_A_log]
         raise InputError(f"--method {name} has no rule for A_log; for --prune_A use one of: {', '.join(able)}")
@@ -87,31 +83,31 @@ def _check_method(options: Options) -> None:
         raise InputError(f"--method {name} does not score A_log: leave out --saliency and --aggregate")
     if method.needs_n_of_m and not options.prunem:
         raise InputError(f"--method {name} needs N:M: give --prunen and --prunem")
-    if method.structure == "columns" and options.prunem:
+    if method.structure != "entries" and options.prunem:
         raise InputError(f"--method {name} removes whole states: give --sparsity, not --prunen and --prunem")
-    if not options.modules:
-        raise InputError(f"--target_modules names no module; use some of: {', '.join(MODULE_TYPES)}")
     _check_compensation(options, method)
 
 
-def _check_compensation(options: Options, method: Method) -> None:
-    if method.search != "independent" and method.prunes_A_log and not SALIENCIES[method.saliency].interacts:
+def _check_compensation(options: Any, method: Method) -> None:
+    saliency = SALIENCIES.get(method.saliency or "")
+    if method.search != "independent" and method.prunes_A_log and not (saliency and saliency.interacts):
         able = [key for key, value in SALIENCIES.items() if value.interacts]
         raise InputError(f"--search {method.search} needs a saliency that knows how entries interact: {', '.join(able)}")
     if options.polish and method.weights != "obs":
         raise InputError(f"--polish goes on from OBS, which --method {options.method} does not do for weights")
-    if options.structure == "columns" and not options.prune_A:
-        raise InputError("--structure columns removes states of A_log: give --prune_A")
+    if options.structure not in (None, "entries") and not options.prune_A:
+        raise InputError(f"--structure {options.structure} takes parts of the SSM out: give --prune_A")
     if options.alpha and method.allocation == "output":
         raise InputError("--allocation output needs no --alpha: leave one of them out")
-    if options.alpha and method.allocation == "sensitivity" and (method.compensate, method.module_order) != ("none", "parallel"):
+    plain = (method.compensate, method.module_order) == ("none", "parallel")
+    if options.alpha and method.allocation == "sensitivity" and not plain:
         raise InputError("--alpha does not go with --compensate and --module_order: use --allocation output")
     if method.allocation == "output" and not options.spreads(method):
         raise InputError("--allocation output spreads an unstructured sparsity: leave it out with N:M and columns")
 
 
-def _check_shedding(options: Options) -> None:
-    target, name = options.shed_plan().target, options.method
+def _check_removal(options: Any) -> None:
+    target, name = options.removal_target, options.method
     if options.saliency or options.aggregate or options.module:
         raise InputError(f"--method {name} goes by perplexity alone: leave out --saliency, --aggregate and --module")
     if options.prunen or options.prunem:
@@ -125,7 +121,7 @@ def _check_shedding(options: Options) -> None:
         raise InputError("--shed_target mamba_block removes weights as well: give --prune_layers")
 
 
-def _check_share(options: Options) -> None:
+def _check_share(options: Any) -> None:
     n, m, p = options.prunen, options.prunem, options.sparsity
     if n or m:
         if not 0 < n < m:
@@ -148,44 +144,3 @@ def _check_share(options: Options) -> None:
         )
 
 
-def check_model(options: Options, config: Any) -> tuple[int, int]:
-    """What can be wrong only for this model; returns the range of layers to prune, first <= i < stop.
-
-    Args:
-        config: a MambaConfig.
-    """
-    first, stop = max(0, options.minlayer), min(options.maxlayer, config.num_hidden_layers)
-    if options.method is None:
-        return first, stop
-    if first >= stop:
-        raise InputError(
-            f"--minlayer {options.minlayer} and --maxlayer {options.maxlayer} leave none of the model's "
-            f"{config.num_hidden_layers} layers"
-        )
-    if options.recipe.sheds:
-        plan = options.shed_plan()
-        steps = plan.steps(stop - first)
-        if steps == 0:
-            raise InputError(f"--sparsity {options.sparsity} removes none of the {stop - first} layers in range")
-        if plan.target == "mamba_block" and steps == config.num_hidden_layers:
-            raise InputError(f"--sparsity {options.sparsity} leaves none of the model's {steps} blocks: give a lower one")
-    if options.prune_A and options.recipe.structure == "columns":
-        if (first, stop) != (0, config.num_hidden_layers):
-            raise InputError("removing states needs every layer, for a config has one state size: drop the layer range")
-        if not 0 < round(options.sparsity * config.state_size) < config.state_size:
-            raise InputError(f"--sparsity {options.sparsity} removes none or all of the {config.state_size} states")
-    m = options.prunem
-    if m and options.prune_A and config.state_size % m:
-        raise InputError(f"--prunem {m} does not divide the state size {config.state_size}")
-    if m and options.prune_layers:
-        columns = {
-            "in_proj": config.hidden_size, "conv1d": config.conv_kernel, "x_proj": config.intermediate_size,
-            "dt_proj": config.time_step_rank, "out_proj": config.intermediate_size,
-        }  # fmt: skip
-        for name in options.modules:
-            if columns[name] % m:
-                raise InputError(
-                    f"--prunem {m} does not divide the {columns[name]} columns of {name}: "
-                    "choose others with --target_modules or --module"
-                )
-    return first, stop

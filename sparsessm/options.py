@@ -6,26 +6,34 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsessm.calibration.text import DATASETS
 from sparsessm.checks import check
+from sparsessm.corpora.names import DATASETS
 from sparsessm.errors import InputError
-from sparsessm.evaluation import zero_shot
-from sparsessm.models.mamba1 import MODULE_TYPES, MODULES, PRUNED_A_LOG
-from sparsessm.procedure.allocation import ALLOCATIONS
-from sparsessm.procedure.compensation import CompensationPlan
-from sparsessm.procedure.pipeline import TransitionPlan, WeightPlan
-from sparsessm.procedure.shedding import SHED_TARGETS, ShedPlan
-from sparsessm.pruning.aggregation import AGGREGATES
-from sparsessm.pruning.methods import METHODS, STRUCTURES, Method
-from sparsessm.pruning.patterns import Columns, NofM, Pattern, Unstructured
+from sparsessm.metrics.tasks import TASKS
+from sparsessm.pruning.methods import (
+    AGGREGATES,
+    ALLOCATIONS,
+    COMPENSATIONS,
+    CONV_HESSIANS,
+    METHODS,
+    MODULE_ORDERS,
+    PRUNED_A_LOG,
+    SEARCHES,
+    SHED_TARGETS,
+    STRUCTURES,
+    Method,
+)
 from sparsessm.pruning.saliency import SALIENCIES
-from sparsessm.pruning.search import SEARCHES
-from sparsessm.runs.journal import remove_journal
+
+# What --target_modules takes; models.architecture says what they are.
+MODULE_KINDS = ("nn.Linear", "nn.Conv1d")
 
 # Options that say where things go and not what is done: what is saved does not depend on them.
 PLACES = ("save", "overwrite", "experiment_name", "base_dir", "log_wandb", "offload", "memory_budget")
@@ -58,14 +66,14 @@ OVERRIDES = ("saliency", "structure", "search", "aggregate", "polish", "module_o
 class Options:
     """What one run does. Made by `parse`; `check` has passed on every instance that leaves this module."""
 
-    model: str | None = _option(None, "hub id, local folder (Hugging Face or state-spaces layout), or demo")
-    dataset: str | None = _option(None, "calibration and evaluation text: wikitext2, ptb, c4, demo, or a folder")
+    model: str = _option(None, "hub id, local folder (Hugging Face or state-spaces layout), or demo")
+    dataset: str = _option(None, "calibration and evaluation text: wikitext2, ptb, c4, demo, or a folder")
 
     method: str | None = _option(
         None,
         "pruning method; without one the model is evaluated as it is. "
         + "; ".join(f"{name}: {method.about}" for name, method in METHODS.items()),
-        choices=tuple(METHODS),
+        choices=METHODS,
     )
     prune_A: bool = _flag("prune the transitions A_log (the paper's SSM module)")
     prune_layers: bool = _flag("prune the weights of linear and conv1d modules", names=("--prune_layer",))
@@ -81,9 +89,11 @@ class Options:
         choices=SHED_TARGETS,
     )
 
-    saliency: str | None = _option(None, "score of an entry of A_log, instead of the method's", choices=tuple(SALIENCIES))
+    saliency: str | None = _option(None, "score of an entry of A_log, instead of the method's", choices=SALIENCIES)
     structure: str | None = _option(
-        None, "entries, or columns: whole states are removed, instead of the method's", choices=STRUCTURES
+        None,
+        "entries; columns: whole states are taken out; heads: whole heads of Mamba-2; instead of the method's",
+        choices=STRUCTURES,
     )
     search: str | None = _option(
         None, "how entries are chosen by saliency output, which knows how they interact", choices=SEARCHES
@@ -98,14 +108,14 @@ class Options:
     raw_zeros: bool = _flag("save 0 for pruned entries of A_log whatever was evaluated, as the released code does")
 
     target_modules: tuple[str, ...] = _option(
-        tuple(MODULE_TYPES), "types of modules to prune", nargs="+", choices=tuple(MODULE_TYPES)
+        MODULE_KINDS, "types of modules to prune", nargs="+", choices=MODULE_KINDS
     )
-    module: str | None = _option(None, "prune the weights of this one module of each layer", choices=MODULES)
+    module: str | None = _option(None, "prune the weights of this one module of each layer, by name, as in_proj")
     alpha: float = _option(0.0, "spread of sparsities by sensitivity: from p-alpha to p+alpha", type=float)
     blocksize: int = _option(128, "columns per block of OBS", type=int)
     percdamp: float = _option(0.01, "damping of the Hessian, as a share of its mean diagonal", type=float)
     conv_hessian: str = _option(
-        "tap", "Hessian of conv1d: tap, one per channel; channel, the released one", choices=("tap", "channel")
+        "tap", "Hessian of conv1d: tap, one per channel; channel, the released one", choices=CONV_HESSIANS
     )
 
     polish: int | None = _option(None, "iterations toward the best weights for the mask that OBS ends with", type=int)
@@ -113,10 +123,10 @@ class Options:
         None,
         "parallel: the modules of a block on the inputs of the block as it was; sequential: each on what the pruned ones "
         "before it put out",
-        choices=("parallel", "sequential"),
+        choices=MODULE_ORDERS,
     )
     compensate: str | None = _option(
-        None, "out_proj: refit it toward the dense model's stream after the block", choices=("none", "out_proj")
+        None, "out_proj: refit it toward the dense model's stream after the block", choices=COMPENSATIONS
     )
     ridge: float = _option(0.1, "pull of the refit toward the old weights, as a share of the mean diagonal", type=float)
     allocation: str | None = _option(
@@ -138,7 +148,7 @@ class Options:
     eval_batch: int = _option(8, "evaluation windows that go through a block together", type=int)
     eval_dense: bool = _flag("evaluate the model before pruning as well")
     eval_zero_shot: bool = _flag("take the zero-shot accuracy by lm-evaluation-harness (requirements-zero-shot.txt)")
-    zero_shot_tasks: tuple[str, ...] = _option(zero_shot.TASKS, "tasks of the harness", nargs="+")
+    zero_shot_tasks: tuple[str, ...] = _option(TASKS, "tasks of the harness", nargs="+")
     zero_shot_include: str | None = _option(None, "folder of further task YAMLs for the harness")
     zero_shot_batch: int = _option(16, "choices that the harness feeds to the model together", type=int)
 
@@ -181,20 +191,13 @@ class Options:
 
     def spreads(self, recipe: Method) -> bool:
         """Whether parts can have sparsities of their own: not with N:M, nor where whole states go."""
-        return not self.prunem and not (recipe.structure == "columns" and self.prune_A)
+        return not self.prunem and not (recipe.structure != "entries" and self.prune_A)
 
     @property
-    def pattern(self) -> Pattern:
-        """What the scores of a matrix are chosen by; of A_log with structure columns, whole states."""
-        return NofM(self.prunen, self.prunem) if self.prunem else Unstructured(self.sparsity)
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the modules whose weights are pruned, in the order in which data meets them."""
-        if self.module:
-            return (self.module,)
-        named = {name for kind in self.target_modules for name in MODULE_TYPES[kind]}
-        return tuple(name for name in MODULES if name in named)
+    def share(self) -> float:
+        """The sparsity, where it is not N:M that says how much goes."""
+        assert self.sparsity is not None
+        return self.sparsity
 
     @property
     def evaluation_sets(self) -> tuple[str, ...]:
@@ -202,36 +205,20 @@ class Options:
             return (self.dataset,)
         return () if self.ppl_datasets == ("none",) else self.ppl_datasets
 
-    def transition_plan(self) -> TransitionPlan:
-        recipe = self.recipe
-        parameter = {"power": self.time_power, "discount": self.time_discount, "window": self.time_window}
-        return TransitionPlan(
-            pattern=Columns(self.sparsity) if recipe.structure == "columns" else self.pattern,
-            saliency=recipe.saliency, aggregate=recipe.aggregate, search=recipe.search,
-            parameter=parameter.get(recipe.aggregate), obs=recipe.obs_on_A_log, transition=self.pruned_transition,
-            percdamp=self.percdamp, blocksize=self.blocksize,
-        )  # fmt: skip
+    @property
+    def removal_target(self) -> str:
+        """What a method that removes parts removes."""
+        return self.shed_target or ("ssm" if self.prune_A else "mamba_block")
 
-    def weight_plan(self) -> WeightPlan:
-        return WeightPlan(
-            pattern=self.pattern, rule=self.recipe.weights, modules=self.modules,
-            alpha=self.alpha if self.recipe.allocation == "sensitivity" else 0.0, conv_hessian=self.conv_hessian,
-            percdamp=self.percdamp, blocksize=self.blocksize, polish=self.recipe.polish,
-        )  # fmt: skip
 
-    def compensation_plan(self) -> CompensationPlan:
-        recipe = self.recipe
-        return CompensationPlan(recipe.compensate == "out_proj", recipe.module_order == "sequential", self.ridge)
-
-    def plans(self) -> tuple[TransitionPlan | None, WeightPlan | None, CompensationPlan, bool]:
-        """What schedule.prune is told: the plans for A_log and the weights, what compensates, and whether to allocate."""
-        transitions = self.transition_plan() if self.prune_A else None
-        weights = self.weight_plan() if self.prune_layers else None
-        return transitions, weights, self.compensation_plan(), self.recipe.allocation == "output"
-
-    def shed_plan(self) -> ShedPlan:
-        target = self.shed_target or ("ssm" if self.prune_A else "mamba_block")
-        return ShedPlan(target, self.sparsity, self.pruned_transition)
+def program() -> str:
+    """The words that called this program, as far as they tell: main.py, the module or the installed command."""
+    called = Path(sys.argv[0] if sys.argv else "")
+    if called.name == "__main__.py" and called.parent.name == "sparsessm":
+        return "python -m sparsessm"
+    if called.name == "sparsessm":
+        return "sparsessm"
+    return f"python {shlex.quote(str(called)) if called.name.endswith('main.py') else 'main.py'}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -246,7 +233,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, Path | None]:
         InputError: for unknown flags and for whatever `check` finds.
     """
     parser = _Parser(
-        prog="main.py",
+        prog=program(),
         description="Prune a Mamba language model in one shot, measure its perplexity, save it.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -263,7 +250,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, Path | None]:
         if len(argv) > 2 or words:
             raise InputError("--resume takes the options of the run that it goes on with: leave out all others")
         return _recorded(Path(resume))
-    for name, word in zip(("model", "dataset"), words):
+    for name, word in zip(("model", "dataset"), words, strict=False):
         if known[name] is not None:
             raise InputError(f"the {name} is given twice: {word} and {known[name]}")
         known[name] = word
@@ -300,9 +287,6 @@ def _recorded(folder: Path) -> tuple[Options, Path]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise InputError(f"--resume {folder} holds no options.json: give the folder of a run") from None
-    if (folder / "metrics.json").is_file():
-        remove_journal(folder)
-        raise InputError(f"--resume {folder} has finished: its figures are in metrics.json")
     known = {spec.name for spec in dataclasses.fields(Options)}
     if not isinstance(values, dict) or values.keys() != known:
         odd = sorted(values.keys() ^ known)[0] if isinstance(values, dict) else "it holds no values by name"

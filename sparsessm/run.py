@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import transformers
 
-from sparsessm import checks, options
-from sparsessm.calibration import text
+from sparsessm import options
+from sparsessm.corpora import text
 from sparsessm.errors import (
     FAULT,
     INTERRUPTED,
@@ -28,26 +28,26 @@ from sparsessm.errors import (
     first_line,
     is_disk_full,
 )
-from sparsessm.evaluation import zero_shot
-from sparsessm.job import Job
-from sparsessm.layerwise import distributed as ranks
-from sparsessm.layerwise import memory
+from sparsessm.layerwise import distributed, memory
+from sparsessm.metrics import zero_shot
 from sparsessm.models import checkpoint
+from sparsessm.models.architecture import Layout
 from sparsessm.models.place import check_target
 from sparsessm.options import Options
+from sparsessm.procedure.fitness import check_model
 from sparsessm.report.tables import row, text_table
-from sparsessm.runs.journal import Journal
+from sparsessm.runs.journal import Journal, remove_journal
 from sparsessm.runs.tracking import Run, check_wandb
+from sparsessm.steps import Steps
 
 logger = logging.getLogger("sparsessm")
 
 
-def command(argv: Sequence[str]) -> int:
-    """Runs the words of the command line; returns the exit code, and says in one line what any but 0 is for."""
+def command(chosen: Options, resumed: Path | None) -> int:
+    """Does what the command line says; returns the exit code, and says in one line what any but 0 is for."""
     speaks = True
     try:
-        speaks = ranks.launched()[0] == 0
-        chosen, resumed = options.parse(argv)
+        speaks = distributed.launched()[0] == 0
         metrics = run(chosen, resumed)
     except SparseSSMError as error:
         return _said(f"error: {error}", error, UNUSABLE, speaks)
@@ -78,10 +78,13 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
         SparseSSMError: for whatever has a name; of what the user can correct, before the model is loaded where that can
             be known. After the run folder is there, its notes say how to resume where that helps.
     """
+    if resumed is not None and (resumed / "metrics.json").is_file():
+        remove_journal(resumed)
+        raise InputError(f"--resume {resumed} has finished: its figures are in metrics.json")
     memory.keep_freed()
     device = _device(chosen.device)
     source = checkpoint.find(chosen.model)
-    first, stop = checks.check_model(chosen, source.config)
+    first, stop = check_model(chosen, Layout(checkpoint.skeleton(source)))
     if chosen.method:
         text.check_dataset(chosen.dataset, chosen.data_dir, calibration=True)
     for name in chosen.evaluation_sets:
@@ -99,18 +102,18 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
     torch.manual_seed(chosen.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
-    device = ranks.start(device)
-    speaks = ranks.is_main()
+    device = distributed.start(device)
+    speaks = distributed.is_main()
     job, failed = None, True
     log = None
     try:
         log = Run(dataclasses.asdict(chosen), log_wandb=chosen.log_wandb, resumed=resumed, speaks=speaks)
-        folder = Path(ranks.gather_text(str(log.folder))[0])
+        folder = Path(distributed.gather_text(str(log.folder))[0])
         journal = Journal(folder, writes=speaks)
-        ranks.barrier()  # every process has read the journal before the first writes to it
+        distributed.barrier()  # every process has read the journal before the first writes to it
         settings = {key: value for key, value in dataclasses.asdict(chosen).items() if key not in options.PLACES}
         journal.confirm("options", settings, "options.json")
-        job = Job(chosen, log, journal, folder, source, device, tasks)
+        job = Steps(chosen, log, journal, folder, source, device, tasks)
         with _limits_named(folder):
             metrics = job.measure(first, stop)
         failed = False
@@ -118,7 +121,7 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
     except BaseException as error:
         if log is not None and log.folder is not None and log.folder.is_dir():
             log.failed(error)
-            again = f"resume it by: python {_program()} --resume {shlex.quote(str(log.folder))}"
+            again = f"resume it by: {options.program()} --resume {shlex.quote(str(log.folder))}"
             if isinstance(error, (KeyboardInterrupt, StorageError, MemoryLimitError)):
                 error.add_note(again)
             elif not isinstance(error, SparseSSMError):
@@ -129,7 +132,7 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
             job.close()
         if log is not None:
             log.close(failed)
-        ranks.stop()
+        distributed.stop()
 
 
 def _device(name: str) -> torch.device:
@@ -159,16 +162,12 @@ def _limits_named(folder: Path) -> Iterator[None]:
         raise
     except (MemoryError, RuntimeError, OSError) as error:
         if is_disk_full(error):
-            raise StorageError(f"the disk of {folder} or of the temporary files is full ({first_line(error)}): make room") from error
+            where = f"the disk of {folder} or of the temporary files"
+            raise StorageError(f"{where} is full ({first_line(error)}): make room") from error
         known = ("out of memory", "not enough memory", "allocate memory")
         if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in known):
             raise
         raise MemoryLimitError(
-            f"the memory is used up ({first_line(error)[:160]}): lower --calib_batch and --eval_batch, or give --offload disk "
-            "and --memory_budget 0"
+            f"the memory is used up ({first_line(error)[:160]}): lower --calib_batch and --eval_batch, or give "
+            "--offload disk and --memory_budget 0"
         ) from error
-
-
-def _program() -> str:
-    """How this program was called, as far as the words tell."""
-    return shlex.quote(sys.argv[0]) if sys.argv and sys.argv[0].endswith("main.py") else "main.py"

@@ -24,7 +24,8 @@ def for_each(function: Callable[[Any], object], tasks: Iterable[Any], threads: i
 
     The function should spend its time without the interpreter's lock. Its first error is raised when all have stopped.
     """
-    left, errors = iter(tasks), []
+    left = iter(tasks)
+    errors: list[BaseException] = []
 
     def work(_: object = None) -> None:
         try:
@@ -32,7 +33,7 @@ def for_each(function: Callable[[Any], object], tasks: Iterable[Any], threads: i
                 if errors:
                     return
                 function(task)
-        except BaseException as error:  # noqa: BLE001: raised below, in the thread that waits for all
+        except BaseException as error:  # raised below, in the thread that waits for all
             errors.append(error)
 
     if threads <= 1:

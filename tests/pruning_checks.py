@@ -1,6 +1,10 @@
-"""What the tests of both phases of pruning share: sizes, targets, and what a layer's modules see."""
+"""What the tests of both phases of pruning share: sizes, targets, layers one by one, and what a layer's modules see."""
 
 import torch
+
+from sparsessm.layerwise.layer import Visit, visit
+from sparsessm.models.mamba1 import Mamba1Mixer
+from sparsessm.pruning.methods import PRUNED_A_LOG
 
 SIZES = {"state_size": 8, "time_step_rank": 4}
 HALF, TWO_OF_FOUR = {"sparsity": 0.5}, {"prunen": 2, "prunem": 4}
@@ -18,6 +22,16 @@ def assert_untouched(model, before, but_for=()):
 
 def weight_of(model, layer: int, module: str) -> torch.Tensor:
     return model.backbone.layers[layer].mixer.get_submodule(module).weight
+
+
+def visit_block(block, hidden, **how) -> Visit:
+    """Our forward of a stock MambaBlock; `how` as in `visit`."""
+    return visit(block, Mamba1Mixer(block.mixer), hidden, **how)
+
+
+def prune_transitions(block, mask: torch.Tensor, transition: str) -> None:
+    """Sets the entries of A_log of a stock block that mask (D,N) chooses to what a pruned one is."""
+    block.mixer.A_log.data[mask] = PRUNED_A_LOG[transition]
 
 
 def module_inputs(model, windows, layer: int) -> dict[str, torch.Tensor]:

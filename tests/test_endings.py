@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsessm import job as job_module
+from sparsessm import steps
 from sparsessm.errors import DivergenceError
-from sparsessm.procedure import schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--seqlen", 64, "--nsamples", 4, "--eval_windows", 2]
@@ -35,13 +34,13 @@ def raising(error):
 
 
 def test_a_fault_of_the_program_is_said_as_one_with_its_traceback_in_the_log(run_main, text_folder, monkeypatch):
-    monkeypatch.setattr(schedule, "prune", raising(ZeroDivisionError("three over nothing")))
+    monkeypatch.setattr(steps, "prune", raising(ZeroDivisionError("three over nothing")))
     done = run_main(["demo", text_folder, *A_LOG, *SMALL])
     assert done.code == 1 and done.metrics is None
     line = last(done)
     assert line.startswith("error: a fault in sparsessm (ZeroDivisionError: three over nothing)")
     assert str(done.folder / "output.log") in line and f"main.py --resume {done.folder}" in line
-    assert "in prune\n" in (done.folder / "output.log").read_text() or "Traceback" in (done.folder / "output.log").read_text()
+    assert "Traceback" in (done.folder / "output.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -50,20 +49,20 @@ def test_a_fault_of_the_program_is_said_as_one_with_its_traceback_in_the_log(run
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
 def test_used_up_memory_says_what_to_lower_and_how_to_resume(run_main, text_folder, monkeypatch, error):
-    monkeypatch.setattr(schedule, "prune", raising(error))
+    monkeypatch.setattr(steps, "prune", raising(error))
     done = run_main(["demo", text_folder, *A_LOG, *SMALL])
     assert done.code == 2
     assert "the memory is used up" in last(done) and "--calib_batch" in last(done) and "--resume" in last(done)
 
 
 def test_a_full_disk_is_called_one_and_says_how_to_resume(run_main, text_folder, monkeypatch):
-    monkeypatch.setattr(schedule, "prune", raising(OSError(28, os.strerror(28))))
+    monkeypatch.setattr(steps, "prune", raising(OSError(28, os.strerror(28))))
     done = run_main(["demo", text_folder, *A_LOG, *SMALL])
     assert done.code == 2 and "is full" in last(done) and "--resume" in last(done)
 
 
 def test_what_diverges_after_pruning_is_saved_all_the_same(run_main, tmp_path, text_folder, monkeypatch):
-    monkeypatch.setattr(job_module, "perplexity", raising(DivergenceError("layer 3 puts out values that are not finite")))
+    monkeypatch.setattr(steps, "perplexity", raising(DivergenceError("layer 3 puts out values that are not finite")))
     done = run_main(["demo", text_folder, *A_LOG, *SMALL, "--save", tmp_path / "out"])
     assert done.code == 2 and "layer 3 puts out" in last(done)
     assert json.loads((tmp_path / "out" / "sparsessm.json").read_text())["sparsity"]["ssm"] == 0.5
@@ -161,8 +160,9 @@ def test_one_variable_that_a_launcher_left_behind_makes_no_job(run_main, text_fo
     assert done.code == 0 and "dense" in done.stdout and done.metrics
 
 
-@pytest.mark.parametrize("changes", [{"RANK": "x"}, {"RANK": "2"}, {"WORLD_SIZE": "0"}, {"MASTER_PORT": "99999"}, {"LOCAL_RANK": "-1"}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes", [{"RANK": "x"}, {"RANK": "2"}, {"WORLD_SIZE": "0"}, {"MASTER_PORT": "99999"}, {"LOCAL_RANK": "-1"}], ids=str
+)
 def test_variables_of_a_launcher_that_make_no_sense(run_main, text_folder, monkeypatch, changes):
     sane = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
     for name, value in (sane | changes).items():
@@ -171,8 +171,8 @@ def test_variables_of_a_launcher_that_make_no_sense(run_main, text_folder, monke
     assert done.code == 2 and "the variables of a launcher make no sense" in last(done)
 
 
-def command(*words, **environment):
-    values = {key: value for key, value in {**os.environ, "OMP_NUM_THREADS": "1", **environment}.items() if value is not None}
+def command(*words):
+    values = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "main.py", *map(str, words)], cwd=ROOT, env=values, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
@@ -206,7 +206,8 @@ def test_a_signal_before_anything_is_begun():
 @pytest.mark.slow
 def test_neither_code_nor_home_can_be_written(tmp_path, text_folder):
     """A container's image, or an install that others share: compiled code finds no place, and the run its result."""
-    code = Path(shutil.copytree(ROOT, tmp_path / "code", ignore=shutil.ignore_patterns("__pycache__", ".*", "experiments", "tests")))
+    others = shutil.ignore_patterns("__pycache__", ".*", "experiments", "tests")
+    code = Path(shutil.copytree(ROOT, tmp_path / "code", ignore=others))
     for folder in [code, *[path for path in code.rglob("*") if path.is_dir()]]:
         (folder / "__pycache__").touch()
     (tmp_path / "home").touch()
@@ -224,7 +225,8 @@ def test_neither_code_nor_home_can_be_written(tmp_path, text_folder):
 @pytest.mark.slow
 def test_two_runs_that_save_to_one_place(tmp_path, text_folder):
     """The second is refused while the first, stopped in the middle of its work, holds the place."""
-    base = ["demo", text_folder, *A_LOG, "--seqlen", 256, "--nsamples", 64, "--eval_windows", 2, "--base_dir", tmp_path / "runs"]
+    sizes = ["--seqlen", 256, "--nsamples", 64, "--eval_windows", 2]
+    base = ["demo", text_folder, *A_LOG, *sizes, "--base_dir", tmp_path / "runs"]
     first = command(*base, "--save", tmp_path / "out")
     while first.poll() is None and not list(tmp_path.glob("runs/default/*/layers/ssm-0000*")):
         time.sleep(0.01)

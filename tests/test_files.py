@@ -24,7 +24,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         partial.write_text("half")
         raise OSError(28, os.strerror(28))
 
-    with pytest.raises(StorageError, match="the page could not be written .the disk is full"), storing("the page"):
+    with pytest.raises(StorageError, match=r"the page could not be written .the disk is full"), storing("the page"):
         files.write_whole(target, fail)
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["page"]
 
@@ -92,7 +92,14 @@ def test_names_change_places_in_one_step(tmp_path):
     assert files.exchange(one, tmp_path / "missing") is False and one.read_text() == "file"
 
 
-HOLD = "import sys; from pathlib import Path; from sparsessm.files import Lock; Lock(Path(sys.argv[1]), ''); print('held', flush=True); input()"
+HOLD = """
+import sys
+from pathlib import Path
+from sparsessm.files import Lock
+Lock(Path(sys.argv[1]), "")
+print("held", flush=True)
+input()
+"""
 
 
 def test_a_lock_is_refused_to_another_process_and_goes_with_its_own(tmp_path):

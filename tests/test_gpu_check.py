@@ -38,11 +38,11 @@ def test_the_check_passes_the_kernel():
 
 
 def spoil(y=0.0, state=0.0, **sums):
-    def scan(*arguments, moments=None, **values):
-        out, last = selective_scan_ref(*arguments, **values, moments=moments)
+    def scan(*arguments, statistics=None, **values):
+        out, last = selective_scan_ref(*arguments, **values, statistics=statistics)
         for name, error in sums.items():
-            if moments is not None and getattr(moments, name) is not None:
-                getattr(moments, name).mul_(1 + error)
+            if statistics is not None and getattr(statistics, name) is not None:
+                getattr(statistics, name).mul_(1 + error)
         return out * (1 + y), last + state
 
     return scan

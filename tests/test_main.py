@@ -194,12 +194,14 @@ def leveldb_log(content):
 
 
 def test_wandb_offline_holds_options_layers_figures_and_the_checkpoint(run_main, tmp_path, monkeypatch):
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     outcome = run_main([*QUICK, "--method", "sparsessm", "--prune_A", *HALF, "--log_wandb", "--save", str(tmp_path / "out")])
     assert outcome.code == 0
+    wandb.teardown()  # its service writes the last block of the file after the run's `finish`; this waits for its end
     (file,) = outcome.folder.glob("wandb/offline-run-*/*.wandb")
     records = [Record.FromString(data) for data in leveldb_log(file.read_bytes()[7:])]  # after ":W&B", magic, version
     text = "\n".join(str(record) for record in records)

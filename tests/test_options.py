@@ -1,11 +1,14 @@
 """The command line's words: spellings that must work, and mistakes that must be named in one line."""
 
 import pytest
-from transformers import MambaConfig
+import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from sparsessm import options
-from sparsessm.checks import check_model
 from sparsessm.errors import InputError
+from sparsessm.models.architecture import Layout, targets
+from sparsessm.procedure.fitness import check_model
+from sparsessm.procedure.plan import plan_of
 from sparsessm.pruning.methods import METHODS
 from sparsessm.pruning.patterns import Columns, NofM, Unstructured
 
@@ -14,6 +17,17 @@ def parse(words):
     chosen, resumed = options.parse(words)
     assert resumed is None
     return chosen
+
+
+with torch.device("meta"):
+    SMALL = Layout(MambaForCausalLM(
+        MambaConfig(hidden_size=24, state_size=12, num_hidden_layers=3, conv_kernel=4, vocab_size=64)
+    ))  # fmt: skip
+
+
+def plan(words):
+    chosen = parse(words)
+    return plan_of(chosen, targets(SMALL.modules(SMALL.layers[0]), chosen.target_modules, chosen.module))
 
 
 BASE = ["demo", "demo"]
@@ -36,10 +50,10 @@ def test_released_defaults():
 
 
 def test_the_readmes_spellings():
-    chosen = parse([*BASE, "--method", "sparsessm", "--prune_layer", "True", "--sparsity", "0.5",
-                     "--target_modules", "nn.Conv1d", "nn.Linear", "--alpha", "0.04"])  # fmt: skip
-    assert chosen.prune_layers and chosen.modules == ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
-    assert chosen.weight_plan().alpha == 0.04
+    words = [*BASE, "--method", "sparsessm", "--prune_layer", "True", "--sparsity", "0.5",
+             "--target_modules", "nn.Conv1d", "nn.Linear", "--alpha", "0.04"]  # fmt: skip
+    weights = plan(words).weights
+    assert weights.modules == ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj") and weights.alpha == 0.04
 
 
 def test_model_and_dataset_as_flags():
@@ -48,25 +62,26 @@ def test_model_and_dataset_as_flags():
 
 
 def test_a_pattern_for_each_structure():
-    assert parse(PRUNE).pattern == Unstructured(0.5)
-    assert parse([*PRUNE, "--prunen", "2", "--prunem", "4"]).pattern == NofM(2, 4)
-    assert parse([*BASE, "--method", "structure_ts", "--prune_A", "--sparsity", "0.25"]).transition_plan().pattern == Columns(0.25)
+    assert plan(PRUNE).transitions.pattern == Unstructured(0.5)
+    assert plan([*PRUNE, "--prunen", "2", "--prunem", "4"]).transitions.pattern == NofM(2, 4)
+    columns = [*BASE, "--method", "structure_ts", "--prune_A", "--sparsity", "0.25"]
+    assert plan(columns).transitions.pattern == Columns(0.25)
 
 
 def test_overrides_replace_one_part_of_the_method():
-    plan = parse([*PRUNE, "--saliency", "transition", "--aggregate", "window", "--time_window", "0.5"]).transition_plan()
-    assert (plan.saliency, plan.aggregate, plan.parameter) == ("transition", "window", 0.5)
-    plan = parse([*PRUNE, "--aggregate", "discount"]).transition_plan()
-    assert (plan.saliency, plan.aggregate, plan.parameter) == ("a_log", "discount", 0.9)
+    found = plan([*PRUNE, "--saliency", "transition", "--aggregate", "window", "--time_window", "0.5"]).transitions
+    assert (found.saliency, found.aggregate, found.parameter) == ("transition", "window", 0.5)
+    found = plan([*PRUNE, "--aggregate", "discount"]).transitions
+    assert (found.saliency, found.aggregate, found.parameter) == ("a_log", "discount", 0.9)
 
 
 def test_alpha_spreads_only_where_the_method_says_so():
     words = [*BASE, "--prune_layers", "--sparsity", "0.5", "--alpha", "0.1", "--method"]
-    assert parse([*words, "sparsessm_dev"]).weight_plan().alpha == 0.1
-    assert parse([*words, "sparsegpt"]).weight_plan().alpha == 0.0
+    assert plan([*words, "sparsessm_dev"]).weights.alpha == 0.1
+    assert plan([*words, "sparsegpt"]).weights.alpha == 0.0
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.sheds])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.removes_parts])
 def test_every_method_does_what_its_row_says(name):
     method = METHODS[name]
     share = ["--prunen", "2", "--prunem", "4"] if method.needs_n_of_m else ["--sparsity", "0.5"]
@@ -115,6 +130,7 @@ def test_every_method_does_what_its_row_says(name):
         ([*BASE, "--method", "ts_semi", "--prune_A", "--sparsity", "0.5"], "needs N:M"),
         ([*BASE, "--method", "structure_ts", "--prune_A", "--prunen", "2", "--prunem", "4"], "removes whole states"),
         ([*BASE, "--method", "sparsegpt", "--prune_A", "--sparsity", "0.5", "--saliency", "a_log"], "does not score A_log"),
+        ([*BASE, "--method", "sparsegpt", "--prune_A", "--sparsity", "0.5", "--search", "greedy"], "how entries interact"),
         ([*BASE, "--prune_A"], "say how to prune with --method"),
         ([*BASE, "--sparsity", "0.5"], "say how to prune with --method"),
     ],
@@ -125,14 +141,11 @@ def test_mistakes_are_named_in_one_line(words, says):
     assert "\n" not in str(caught.value)
 
 
-SMALL = MambaConfig(hidden_size=24, state_size=12, num_hidden_layers=3, conv_kernel=4, vocab_size=64)
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         ([*PRUNE, "--minlayer", "3"], "leave none of the model's 3 layers"),
-        ([*PRUNE, "--prunen", "4", "--prunem", "8"], "--prunem 8 does not divide the state size 12"),
+        ([*PRUNE, "--prunen", "4", "--prunem", "8"], "--prunem 8 does not divide the 12 entries of a row of A_log"),
         ([*BASE, "--method", "structure_ts", "--prune_A", "--sparsity", "0.5", "--minlayer", "1"], "needs every layer"),
         ([*BASE, "--method", "structure_ts", "--prune_A", "--sparsity", "0.01"], "removes none or all of the 12 states"),
         ([*BASE, "--method", "sparsegpt", "--prune_layers", "--prunen", "2", "--prunem", "4"], "2 columns of dt_proj"),

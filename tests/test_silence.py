@@ -7,23 +7,32 @@ import torch
 
 from sparsessm.kernels import selective_scan as scan_module
 from sparsessm.kernels.selective_scan import (
-    ScanMoments,
+    ScanStatistics,
     provided,
     selective_scan,
     selective_scan_ref,
 )
-from sparsessm.layerwise.walk import Stream, walk
+from sparsessm.layerwise.layer import each_layer
+from sparsessm.layerwise.stream import Stream
+from sparsessm.models.architecture import Layout
 from sparsessm.options import Options
-from sparsessm.procedure.pipeline import WeightPlan
-from sparsessm.procedure.schedule import prune as prune_by_plans
+from sparsessm.procedure.driver import Job
+from sparsessm.procedure.plan import WeightPlan, plan_of
+from sparsessm.procedure.prune import prune
+from sparsessm.procedure.rules import rule_of
 from sparsessm.pruning.patterns import Unstructured
 from sparsessm.pruning.search import select
 
 
-@pytest.mark.parametrize("changes", [{"rule": "Magnitude"}, {"rule": ""}, {"rule": "obs", "conv_hessian": "both"}], ids=str)
-def test_a_weight_rule_that_nobody_knows_is_refused(changes):
-    with pytest.raises(ValueError, match="unknown .*, known are"):
-        WeightPlan(Unstructured(0.5), **{"rule": "obs", "modules": ("in_proj",), **changes})
+@pytest.mark.parametrize("rule", ["Magnitude", ""])
+def test_a_weight_rule_that_nobody_knows_is_refused(rule):
+    with pytest.raises(ValueError, match=r"unknown weight rule .*, known are magnitude, wanda, obs"):
+        rule_of(WeightPlan(Unstructured(0.5), rule, ("in_proj",)))
+
+
+def test_a_hessian_of_convolutions_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="unknown conv_hessian 'both', known are tap, channel"):
+        WeightPlan(Unstructured(0.5), "obs", ("in_proj",), conv_hessian="both")
 
 
 def test_a_search_that_nobody_knows_is_refused():
@@ -32,12 +41,12 @@ def test_a_search_that_nobody_knows_is_refused():
 
 
 @dataclasses.dataclass
-class Extended(ScanMoments):
+class Extended(ScanStatistics):
     """One more sum than any fast kernel knows of."""
 
     peak: torch.Tensor | None = None
 
-    FIELDS = (*ScanMoments.FIELDS, "peak")
+    FIELDS = (*ScanStatistics.FIELDS, "peak")
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "cuda"])
@@ -53,29 +62,30 @@ def test_a_sum_that_a_kernel_does_not_provide_goes_to_the_reference(kernel, monk
     monkeypatch.setattr(scan_module, "selective_scan_ref", reference)
     assert provided(kernel) == {"h2", "abar", "hh", "gram"}
     with scan_module.force_kernel(kernel):
-        selective_scan(u, delta, A, B, C, delta_softplus=True, moments=ScanMoments(h2=torch.zeros(5, 4, 3, dtype=torch.float64)))
+        known = ScanStatistics(h2=torch.zeros(5, 4, 3, dtype=torch.float64))
+        selective_scan(u, delta, A, B, C, delta_softplus=True, statistics=known)
         assert asked == []
-        moments = Extended(peak=torch.zeros(4, 3, dtype=torch.float64))
+        statistics = Extended(peak=torch.zeros(4, 3, dtype=torch.float64))
         scan_module._load_kernel.cache_clear()
-        selective_scan(u, delta, A, B, C, delta_softplus=True, moments=moments)
+        selective_scan(u, delta, A, B, C, delta_softplus=True, statistics=statistics)
     scan_module._load_kernel.cache_clear()
-    assert asked == [moments]
+    assert asked == [statistics]
 
 
 def test_what_was_kept_is_let_go_when_a_weight_changes_and_not_for_A_log(tiny_model, tiny_windows, embed):
-    """The stream after a block is that of the block as it is when it is left, whatever was kept of it before."""
+    """The stream after a layer is that of the layer as it is when it is left, whatever was kept of it before."""
     windows = tiny_windows(4, 24)
     for name in ("A_log", "in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"):
-        model, stream = tiny_model(), None
+        model = tiny_model()
         stream = embed(model, windows)
-        view = next(iter(walk(model, stream)))
-        for _ in view.observe_states(("h2",)):
+        layer = next(iter(each_layer(Layout(model), stream)))
+        for _ in layer.scan_statistics(("h2",)):
             pass
-        assert view._kept
-        view.write(name, view.block.mixer.get_parameter(name) * 0.5)
-        assert bool(view._kept) == (name == "A_log")
-        expected = view.block(model.backbone.embeddings(windows))
-        view.advance()
+        assert layer._kept
+        layer.write(name, layer.parameter(name) * 0.5)
+        assert bool(layer._kept) == (name == "A_log")
+        expected = layer.module(model.backbone.embeddings(windows))
+        layer.advance()
         torch.testing.assert_close(stream.hidden, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -96,11 +106,13 @@ def test_masks_and_weights_do_not_depend_on_what_memory_allowed_to_keep(tiny_mod
         chosen = Options(model="-", dataset="-", **{"prune_A": True, "prune_layers": True, "sparsity": 0.5, **way})
         model, windows = tiny_model(num_hidden_layers=3), tiny_windows(6, 40)
 
-        def embed(model=model, windows=windows, budget=budget):
-            return Stream.embed(model, windows, device="cpu", offload="cpu", batch=2, budget=budget)
+        layout = Layout(model)
 
-        masks = prune_by_plans(model, embed, *chosen.plans(), 0, 3, lambda *_, **__: None)
-        found.append((masks, model.state_dict()))
+        def embed(layout=layout, windows=windows, budget=budget):
+            return Stream.embed(layout, windows, device="cpu", offload="cpu", batch=2, budget=budget)
+
+        plan = plan_of(chosen, tuple(layout.module_names()))
+        found.append((prune(Job(layout, embed, 0, 3), plan, windows).masks, model.state_dict()))
     for masks, state in found[1:]:
         assert masks.keys() == found[0][0].keys() and all(torch.equal(masks[name], found[0][0][name]) for name in masks)
         assert all(torch.equal(state[name], found[0][1][name]) for name in state)

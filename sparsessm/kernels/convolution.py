@@ -1,10 +1,11 @@
-"""The convolution of a block on CUDA by causal-conv1d, where that is installed and proves right."""
+"""The depthwise causal convolution of a mixer, with its activation; by causal-conv1d on CUDA where that proves right."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +14,38 @@ from torch import Tensor
 from sparsessm.kernels.backends import agrees
 
 
-def causal_conv_silu(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """silu(causal conv1d) of padded (B,K-1+L,D) with weight (D,1,K) -> (B,L,D), or None if causal-conv1d cannot serve it."""
-    K, D = weight.shape[-1], padded.shape[2]
-    one_dtype = all(x is None or x.dtype == padded.dtype for x in (weight, bias))
-    if not (2 <= K <= 4 and D % 8 == 0 and one_dtype) or torch.is_grad_enabled():
-        return None
-    theirs = causal_conv1d(padded.device.type, padded.dtype)
-    return None if theirs is None else conv_by(theirs, padded, weight, bias)
+def causal_conv(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Depthwise causal convolution: (B,K-1+L,D) with weight (D,1,K) -> (B,L,D).
+
+    A sum over the K weights of a channel instead of `conv1d`, which wants channels before time: two transposes saved.
+    """
+    K = weight.shape[-1]
+    steps = padded.shape[1] - (K - 1)
+    out = padded[:, :steps] * weight[:, 0, 0]
+    for k in range(1, K):
+        out.addcmul_(padded[:, k : k + steps], weight[:, 0, k])
+    return out if bias is None else out.add_(bias)
 
 
-def conv_by(theirs: Callable, padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def causal_conv_silu(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(causal_conv(...)), by causal-conv1d where it is installed, can serve these inputs, and proves right."""
+    theirs = None
+    if padded.is_cuda and not torch.is_grad_enabled():
+        K, D = weight.shape[-1], padded.shape[2]
+        one_dtype = all(x is None or x.dtype == padded.dtype for x in (weight, bias))
+        if 2 <= K <= 4 and D % 8 == 0 and one_dtype:
+            theirs = causal_conv1d(padded.device.type, padded.dtype)
+    return F.silu(causal_conv(padded, weight, bias)) if theirs is None else conv_by(theirs, padded, weight, bias)
+
+
+def conv_by(theirs: Callable[..., Any], padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Our convolution by causal_conv1d_fn: it has time last, and begins before what is padded."""
     out = theirs(padded.contiguous().transpose(1, 2), weight[:, 0], bias)  # (B,D,K-1+L), channels side by side
     return out.transpose(1, 2)[:, weight.shape[-1] - 1 :]
 
 
 @functools.cache
-def causal_conv1d(device: str, dtype: torch.dtype) -> Callable | None:
+def causal_conv1d(device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
     """causal_conv1d_fn with its SiLU, where it is installed and proves right on inputs of the dtype."""
     if importlib.util.find_spec("causal_conv1d") is None:
         return None
@@ -43,14 +58,13 @@ def causal_conv1d(device: str, dtype: torch.dtype) -> Callable | None:
     return theirs if proves_right(theirs, device, dtype) else None
 
 
-def proves_right(theirs: Callable, device: str, dtype: torch.dtype) -> bool:
+def proves_right(theirs: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
     """Whether a function of x (B,D,T), weight (D,K) and bias (D,) computes our convolution and SiLU; warns if not."""
     generator = torch.Generator().manual_seed(0)
     padded, weight, bias = (
         torch.randn(shape, generator=generator).to(device, dtype) for shape in ((2, 3 + 37, 24), (24, 1, 4), (24,))
     )
-    x = padded.float().transpose(1, 2)
-    ours = F.silu(F.conv1d(x, weight.float(), bias.float(), groups=24)).transpose(1, 2)
+    ours = F.silu(causal_conv(padded.float(), weight.float(), bias.float()))
     return agrees(
         "causal-conv1d", "the convolution", lambda: [conv_by(theirs, padded, weight, bias)], [ours], [torch.finfo(dtype).eps]
     )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from sparsessm.kernels import lanes, scan_piece
 from sparsessm.kernels.lanes import LANES, LOG2E
-from sparsessm.kernels.selective_scan import EFFECTS, ScanMoments, selective_scan_ref
+from sparsessm.kernels.selective_scan import EFFECTS, ScanStatistics, selective_scan_ref
 from sparsessm.threads import for_each
 
 PROVIDES = frozenset({"h2", "abar", "hh", "gram"})
@@ -26,14 +28,14 @@ PROVIDES = frozenset({"h2", "abar", "hh", "gram"})
 PIECES = 16
 
 
-def _cached(source: str):
+def _cached(source: str) -> Callable[[Any], None]:
     """`scan_piece`, compiled once and kept on disk, or compiled anew in each process where no folder takes it.
 
     numba looks only at the file of a function to tell whether what it kept is still good; what it closes over is part
     of the name, so a change of the source that it is made of counts as well.
     """
 
-    def scan(task):
+    def scan(task: Any) -> None:
         if len(source) > 0:
             scan_piece.scan_piece(*task)
 
@@ -44,7 +46,7 @@ def _cached(source: str):
         return njit(nogil=True)(scan)
 
 
-_sources = [Path(module.__file__).read_bytes() for module in (lanes, scan_piece)]
+_sources = [Path(str(module.__file__)).read_bytes() for module in (lanes, scan_piece)]
 _scan = _cached(hashlib.sha256(b"".join(_sources)).hexdigest())
 
 
@@ -59,45 +61,49 @@ def selective_scan_cpu(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     h0: Tensor | None = None,
-    moments: ScanMoments | None = None,
+    statistics: ScanStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan_ref` for tensors in the memory of the CPU, see there.
 
     Float64 is left to the reference, and so are states that could grow (a positive or undefined A, a negative dt).
     """
     if u.dtype == torch.float64 or not _decays(A, delta, delta_bias, delta_softplus):
-        return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, moments)
-    moments = ScanMoments() if moments is None else moments
+        return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, statistics)
+    statistics = ScanStatistics() if statistics is None else statistics
     batch, steps, channels = u.shape
     N = A.shape[1]
     y = torch.empty(batch, steps, channels)
     state = torch.zeros(batch, channels, N) if h0 is None else h0.to(torch.float32, copy=True).contiguous()
-    twin = None
-    if moments.needs_twin():
-        twin = moments.first_twin(h0)
-        twin = torch.zeros_like(state) if twin is None else twin.to(torch.float32, copy=True).contiguous()
+    counterfactual = None
+    if statistics.needs_counterfactual():
+        counterfactual = statistics.first_counterfactual(h0)
+        if counterfactual is None:
+            counterfactual = torch.zeros_like(state)
+        else:
+            counterfactual = counterfactual.to(torch.float32, copy=True).contiguous()
 
     views, strides = zip(*(_view(x) for x in (u, delta, y if z is None else z, B, C, y)), strict=True)
-    pieces = _cut(batch, channels, together=bool(moments.tensors()))
-    hh = np.zeros((len(pieces), 0 if moments.hh is None else N * N))
+    pieces = _cut(batch, channels, together=bool(statistics.tensors()))
+    hh = np.zeros((len(pieces), 0 if statistics.hh is None else N * N))
     skip = torch.zeros(channels) if D is None else D
     bias = torch.zeros(channels) if delta_bias is None else delta_bias
     inputs = (
         *views, _flat(A.double() * LOG2E), _flat(skip), _flat(bias), delta_softplus, z is not None, _flat(state),
-        _sums(moments.h2), _sums(moments.abar),
+        _sums(statistics.h2), _sums(statistics.abar),
     )  # fmt: skip
-    effect, twins = EFFECTS.index(moments.effect), np.empty(0, np.float32) if twin is None else _flat(twin)
-    shape, strides, gram = (batch, steps, channels, N), np.array(strides), _sums(moments.gram)
-    tasks = [(piece, shape, strides, *inputs, part, gram, effect, twins) for piece, part in zip(pieces, hh, strict=True)]
+    effect = EFFECTS.index(statistics.effect)
+    other = np.empty(0, np.float32) if counterfactual is None else _flat(counterfactual)
+    shape, strides, gram = (batch, steps, channels, N), np.array(strides), _sums(statistics.gram)
+    tasks = [(piece, shape, strides, *inputs, part, gram, effect, other) for piece, part in zip(pieces, hh, strict=True)]
     for_each(_scan, tasks, min(torch.get_num_threads(), len(tasks)))
-    if moments.hh is not None:
-        moments.hh += torch.from_numpy(hh.sum(0)).view(N, N)
-    if twin is not None:
-        moments.twin = twin
+    if statistics.hh is not None:
+        statistics.hh += torch.from_numpy(hh.sum(0)).view(N, N)
+    if counterfactual is not None:
+        statistics.counterfactual = counterfactual
     return y.to(u.dtype), state
 
 
-def _decays(A, delta, bias, softplus) -> bool:
+def _decays(A: Tensor, delta: Tensor, bias: Tensor | None, softplus: bool) -> bool:
     if not bool((A <= 0).all()):
         return False
     return softplus or bool(((delta if bias is None else delta + bias) >= 0).all())

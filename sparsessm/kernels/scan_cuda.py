@@ -23,7 +23,7 @@ from sparsessm.kernels.backends import agrees, first_line
 from sparsessm.kernels.selective_scan import (
     EFFECTS,
     SUM_DTYPE,
-    ScanMoments,
+    ScanStatistics,
     selective_scan_ref,
 )
 
@@ -49,18 +49,18 @@ def selective_scan_cuda(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     h0: Tensor | None = None,
-    moments: ScanMoments | None = None,
+    statistics: ScanStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan_ref` for tensors in the memory of a GPU, see there: inputs of 32 or 16 bits, no gradients."""
     values = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     if not _triton_works(u.device):
-        return selective_scan_ref(*values, h0, moments)
-    plain = h0 is None and (moments is None or not moments.tensors())
+        return selective_scan_ref(*values, h0, statistics)
+    plain = h0 is None and (statistics is None or not statistics.tensors())
     if plain and A.shape[1] <= 256 and all(x is None or x.dtype == u.dtype for x in (delta, B, C, z)):
         theirs = mamba_ssm_scan(u.device.type, u.dtype)
         if theirs is not None:
             return scan_by_mamba_ssm(theirs, *values)
-    return scan_by_triton(*values, h0, moments)
+    return scan_by_triton(*values, h0, statistics)
 
 
 def scan_by_triton(
@@ -74,19 +74,20 @@ def scan_by_triton(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     h0: Tensor | None = None,
-    moments: ScanMoments | None = None,
+    statistics: ScanStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan_cuda` by our own kernels, whatever is installed."""
-    moments = ScanMoments() if moments is None else moments
+    statistics = ScanStatistics() if statistics is None else statistics
     (batch, steps, channels), N = u.shape, A.shape[1]
-    first_twin = moments.first_twin(h0) if moments.needs_twin() else None
+    first_counterfactual = statistics.first_counterfactual(h0) if statistics.needs_counterfactual() else None
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     state = torch.empty(batch, channels, N, dtype=torch.float32, device=u.device)
 
     inputs = [_rows(x) for x in (u, delta, u if z is None else z, B, C)]
     sizes = (steps, channels, *(stride for x in inputs for stride in x.stride()[:2]))
     # in the place of what is not given stands a pointer that the kernel, compiled for `form`, does not follow
-    A, skip, bias, start, start_twin = (state if x is None else _flat(x) for x in (A, D, delta_bias, h0, first_twin))
+    given = (A, D, delta_bias, h0, first_counterfactual)
+    A, skip, bias, start, start_counterfactual = (state if x is None else _flat(x) for x in given)
     form = {
         "N": N,
         "WITH_BIAS": delta_bias is not None,
@@ -96,8 +97,8 @@ def scan_by_triton(
     }
 
     with torch.cuda.device(u.device) if u.is_cuda else contextlib.nullcontext():
-        h2, abar = (_sums(x, (steps, channels, N), state) for x in (moments.h2, moments.abar))
-        summing = moments.h2 is not None or moments.abar is not None
+        h2, abar = (_sums(x, (steps, channels, N), state) for x in (statistics.h2, statistics.abar))
+        summing = statistics.h2 is not None or statistics.abar is not None
         tile = _tile(N, min(batch, SAMPLES) if summing else 1)
         at_once = SAMPLES if summing else batch
         for first in range(0, batch, at_once):
@@ -106,25 +107,26 @@ def scan_by_triton(
             _launch(
                 kernels.scan, (triton.cdiv(channels, tile["BD"]), triton.cdiv(count, tile["BB"])),
                 *(x[part] for x in inputs), y[part], A, skip, bias, start[part], state[part], h2, abar, count, *sizes,
-                WITH_SKIP=D is not None, WITH_H2=moments.h2 is not None, WITH_ABAR=moments.abar is not None,
+                WITH_SKIP=D is not None, WITH_H2=statistics.h2 is not None, WITH_ABAR=statistics.abar is not None,
                 **tile, **form,
             )  # fmt: skip
-        if moments.hh is not None or moments.gram is not None:
-            twin = torch.empty_like(state) if moments.needs_twin() else state
-            gram = _sums(moments.gram, (channels, N, N), state)
+        if statistics.hh is not None or statistics.gram is not None:
+            counterfactual = torch.empty_like(state) if statistics.needs_counterfactual() else state
+            gram = _sums(statistics.gram, (channels, N, N), state)
             tile = _product_tile(N)
-            effect = "zero" if moments.gram is None else moments.effect
+            effect = "zero" if statistics.gram is None else statistics.effect
             grid = tuple(triton.cdiv(*pair) for pair in ((channels, tile["BD"]), (N, tile["BI"]), (N, tile["BJ"])))
-            parts = torch.empty(grid[0] if moments.hh is not None else 0, N, N, dtype=SUM_DTYPE, device=u.device)
+            parts = torch.empty(grid[0] if statistics.hh is not None else 0, N, N, dtype=SUM_DTYPE, device=u.device)
             _launch(
-                kernels.products, grid, *inputs, A, bias, start, start_twin, twin, parts, gram, batch, *sizes,
-                WITH_HH=moments.hh is not None, WITH_GRAM=moments.gram is not None, EFFECT=EFFECTS.index(effect),
+                kernels.products, grid, *inputs, A, bias, start, start_counterfactual, counterfactual, parts, gram, batch,
+                *sizes,
+                WITH_HH=statistics.hh is not None, WITH_GRAM=statistics.gram is not None, EFFECT=EFFECTS.index(effect),
                 **tile, **form,
             )  # fmt: skip
-            if moments.hh is not None:
-                moments.hh += parts.sum(0)
-            if moments.needs_twin():
-                moments.twin = twin
+            if statistics.hh is not None:
+                statistics.hh += parts.sum(0)
+            if statistics.needs_counterfactual():
+                statistics.counterfactual = counterfactual
     return y, state
 
 
@@ -174,7 +176,7 @@ def _triton_works(device: torch.device) -> bool:
 
 
 @functools.cache
-def mamba_ssm_scan(device: str, dtype: torch.dtype) -> Callable | None:
+def mamba_ssm_scan(device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
     """The scan of mamba-ssm, where that is installed and proves right on inputs of the dtype that it is wanted for."""
     if importlib.util.find_spec("mamba_ssm") is None:
         return None
@@ -187,7 +189,7 @@ def mamba_ssm_scan(device: str, dtype: torch.dtype) -> Callable | None:
     return theirs if proves_right(theirs, device, dtype) else None
 
 
-def proves_right(theirs: Callable, device: str, dtype: torch.dtype) -> bool:
+def proves_right(theirs: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
     """Whether a function with the signature of mamba-ssm's selective_scan_fn computes our scan; warns if not."""
     generator = torch.Generator().manual_seed(0)
     u, delta, z, B, C = (torch.randn(2, 37, n, generator=generator).to(device, dtype) for n in (24, 24, 24, 6, 6))
@@ -199,7 +201,10 @@ def proves_right(theirs: Callable, device: str, dtype: torch.dtype) -> bool:
     )
 
 
-def scan_by_mamba_ssm(theirs, u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
+def scan_by_mamba_ssm(
+    theirs: Callable[..., Any], u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Our scan by mamba-ssm's selective_scan_fn: it has time last, and wants A, D and delta_bias in float32."""
     u, delta, B, C = (x.transpose(1, 2) for x in (u, delta, B, C))  # (B,L,any) -> (B,any,L)
     z = None if z is None else z.transpose(1, 2)

@@ -44,12 +44,12 @@ EFFECT_ZERO, EFFECT_UNIT, EFFECT_REMOVED = range(3)
 @njit(nogil=True)
 def scan_piece(
     piece, shape, strides, u, delta, z, B, C, y, A, skip, bias, with_softplus, with_gate, state,
-    h2, abar, hh, gram, effect, twin,
+    h2, abar, hh, gram, effect, counterfactual,
 ):  # fmt: skip
     """A piece (samples, channels) of a scan; all arrays are flat, those of size 0 are not wanted.
 
-    strides: of sample and time step, for u, delta, z, B, C and y. A: (D,N), times log2 e. state, twin: (B,D,N), from
-    before the first step, and then after the last. hh: (N,N), of this piece alone.
+    strides: of sample and time step, for u, delta, z, B, C and y. A: (D,N), times log2 e. state, counterfactual: (B,D,N),
+    from before the first step, and then after the last. hh: (N,N), of this piece alone.
     """
     first_sample, last_sample, first_channel, last_channel = piece
     _, steps, D, N = shape
@@ -57,7 +57,7 @@ def scan_piece(
     groups = (last_channel - first_channel + LANES - 1) // LANES
     batch = min(last_sample - first_sample, TOGETHER)
     with_h2, with_abar, with_hh, with_gram = h2.size > 0, abar.size > 0, hh.size > 0, gram.size > 0
-    with_twin = twin.size > 0
+    with_counterfactual = counterfactual.size > 0
 
     # Channels into lanes: a [group][n][lane], states [sample][group][n][lane].
     a = floats(groups * rows * LANES)
@@ -69,15 +69,15 @@ def scan_piece(
             a[(g * rows + n) * LANES + lane] = A[d * N + n]
     hs = floats((last_sample - first_sample) * a.size)
     _exchange(state, hs, piece, D, N, True)
-    twins = floats(hs.size if with_twin else 0)
-    if with_twin:
-        _exchange(twin, twins, piece, D, N, True)
+    counterfactuals = floats(hs.size if with_counterfactual else 0)
+    if with_counterfactual:
+        _exchange(counterfactual, counterfactuals, piece, D, N, True)
 
     # Of one group and sample during CHUNK time steps: [step][lane].
     dts, dtxs = floats(CHUNK * LANES), floats(CHUNK * LANES)
     gates, outs = floats(CHUNK * LANES), floats(CHUNK * LANES)
     gates[:] = 1  # where there is none
-    decays = floats(CHUNK * LANES if with_twin else 0)
+    decays = floats(CHUNK * LANES if with_counterfactual else 0)
     # Of one group and all samples: [n][step][lane]; what one sample gives to products of states: [step][n][lane].
     h2_tile = floats(rows * CHUNK * LANES if with_h2 else 0)
     # not as far into a page as the other tile: a processor tells loads from stores by that at first
@@ -118,8 +118,10 @@ def scan_piece(
                         length, rows, a, g * rows * LANES, hs, k, dts, dtxs, gates, outs, Bs, Cs, b * CHUNK * rows,
                         h2_tile, abar_tile, entered, lost, effect, ahead,
                     )  # fmt: skip
-                    if with_twin:
-                        _part_from_twin(length, rows, twins, k, dts, dtxs, gates, Bs, Cs, b * CHUNK * rows, lost, decays)
+                    if with_counterfactual:
+                        _part_from_counterfactual(
+                            length, rows, counterfactuals, k, dts, dtxs, gates, Bs, Cs, b * CHUNK * rows, lost, decays
+                        )
                     if with_hh:
                         _add_products(entered, length, rows, hh_tile)
                     if with_gram:
@@ -135,8 +137,8 @@ def scan_piece(
                     add_wide(gram_tile, gram_sums, g * pairs)
 
     _exchange(state, hs, piece, D, N, False)
-    if with_twin:
-        _exchange(twin, twins, piece, D, N, False)
+    if with_counterfactual:
+        _exchange(counterfactual, counterfactuals, piece, D, N, False)
     if with_hh:
         for lane in range(LANES):
             _add_pairs(hh_sums, lane, hh, 0, N)
@@ -220,8 +222,8 @@ def _advance(
 ):  # fmt: skip
     """The recurrence of one sample and group over a chunk, four states at a time; adds to the sums that are wanted.
 
-    lost is left without the twin's part where the effect is unit. Asks for cache lines as it goes, at each step for one of
-    each kind: at once they would be more than a core can wait for.
+    lost is left without the counterfactual's part where the effect is unit. Asks for cache lines as it goes, at each step
+    for one of each kind: at once they would be more than a core can wait for.
     """
     with_h2, with_abar, with_hh, with_gram = h2.size > 0, abar.size > 0, entered.size > 0, lost.size > 0
     step = CHUNK * LANES
@@ -266,17 +268,17 @@ def _advance(
 
 
 @njit(nogil=True)
-def _part_from_twin(length, rows, twins, h_at, dts, dtxs, gates, Bs, Cs, bc, lost, decays):
+def _part_from_counterfactual(length, rows, counterfactuals, h_at, dts, dtxs, gates, Bs, Cs, bc, lost, decays):
     """Takes what the recurrence with A = -1 gives from lost."""
     for t in range(length):
         store(decays, t * LANES, exp(fill(0.0) - load(dts, t * LANES)))
     for n in range(rows):
-        h = load(twins, h_at + n * LANES)
+        h = load(counterfactuals, h_at + n * LANES)
         for t in range(length):
             i, k, p = t * LANES, bc + t * rows + n, (t * rows + n) * LANES
             h = fma(load(decays, i), h, load(dtxs, i) * fill_from(Bs, k))
             store(lost, p, load(lost, p) - h * (fill_from(Cs, k) * load(gates, i)))
-        store(twins, h_at + n * LANES, h)
+        store(counterfactuals, h_at + n * LANES, h)
 
 
 @njit(nogil=True)

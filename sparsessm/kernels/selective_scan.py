@@ -35,32 +35,34 @@ EFFECTS = ("zero", "unit", "removed")
 
 
 @dataclass
-class ScanMoments:
+class ScanStatistics:
     """Sums that a scan adds to as it goes; a field that is None is not computed. All tensors are SUM_DTYPE.
 
     Attributes:
         h2: (T,D,N), sum over the batch of h_{t-1}^2, the state that enters step t (SparseSSM, theorem 1).
         abar: (T,D,N), sum over the batch of Abar_t.
         hh: (N,N), sum over batch, steps and channels of h_{t-1} h_{t-1}^T (the Hessian of SparseGPT on A_log).
+        ch2: (T,D,N), sum over the batch of C_t^2 h_t^2: what each state adds to the output (GHOST).
         gram: (D,N,N), sum over batch and steps of e e^T per channel, where e (N,) is what the gated output of the channel
             loses with each of its states pruned alone. `effect` says what pruned means:
             zero     e[n] = C_t[n] Abar_t[n] h_{t-1}[n] silu(z_t)    (no transition)
             unit     e[n] = C_t[n] (h_t - h'_t)[n] silu(z_t)         (h' the same recurrence with A = -1)
             removed  e[n] = C_t[n] h_t[n] silu(z_t)                  (the state is gone)
             Without a gate, silu(z_t) counts as 1.
-        twin: (B,D,N), h' after the last step of the scan that ran last, left there by every scan that fills `gram` for
-            the effect unit. Who cuts a sequence into pieces gives it to the next piece together with h0; a scan without
-            h0 starts h' at zero, whatever stands here. Not a sum: `tensors` leaves it out.
+        counterfactual: (B,D,N), h' after the last step of the scan that ran last, left there by every scan that fills
+            `gram` for the effect unit. Who cuts a sequence into pieces gives it to the next piece together with h0; a scan
+            without h0 starts h' at zero, whatever stands here. Not a sum: `tensors` leaves it out.
     """
 
     h2: Tensor | None = None
     abar: Tensor | None = None
     hh: Tensor | None = None
+    ch2: Tensor | None = None
     gram: Tensor | None = None
     effect: str = "zero"
-    twin: Tensor | None = None
+    counterfactual: Tensor | None = None
 
-    FIELDS: ClassVar[tuple[str, ...]] = ("h2", "abar", "hh", "gram")
+    FIELDS: ClassVar[tuple[str, ...]] = ("h2", "abar", "hh", "ch2", "gram")
 
     def __post_init__(self) -> None:
         if self.effect not in EFFECTS:
@@ -69,9 +71,10 @@ class ScanMoments:
     @classmethod
     def zeros(
         cls, needs: tuple[str, ...], steps: int, D: int, N: int, device: torch.device | str, effect: str = "zero"
-    ) -> ScanMoments:
+    ) -> ScanStatistics:
         """Empty sums for a scan of `steps` time steps; `needs` names the fields to be filled."""
-        shapes = {"h2": (steps, D, N), "abar": (steps, D, N), "hh": (N, N), "gram": (D, N, N)}
+        each = (steps, D, N)
+        shapes = {"h2": each, "abar": each, "hh": (N, N), "ch2": each, "gram": (D, N, N)}
         return cls(**{name: torch.zeros(shapes[name], dtype=SUM_DTYPE, device=device) for name in needs}, effect=effect)
 
     def tensors(self) -> list[Tensor]:
@@ -82,17 +85,17 @@ class ScanMoments:
         """The names of the sums that are kept."""
         return frozenset(name for name in self.FIELDS if getattr(self, name) is not None)
 
-    def needs_twin(self) -> bool:
+    def needs_counterfactual(self) -> bool:
         """Whether a scan has to run the recurrence with A = -1 beside its own."""
         return self.gram is not None and self.effect == "unit"
 
-    def first_twin(self, h0: Tensor | None) -> Tensor | None:
+    def first_counterfactual(self, h0: Tensor | None) -> Tensor | None:
         """h' before the first step of a scan that starts from h0; None is zero."""
         if h0 is None:
             return None
-        if self.twin is None or self.twin.shape != h0.shape:
-            raise ValueError("a scan that goes on from h0 needs the twin of the piece before for the effect unit")
-        return self.twin
+        if self.counterfactual is None or self.counterfactual.shape != h0.shape:
+            raise ValueError("a scan that goes on from h0 needs the counterfactual of the piece before for the effect unit")
+        return self.counterfactual
 
 
 def selective_scan_ref(
@@ -106,7 +109,7 @@ def selective_scan_ref(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     h0: Tensor | None = None,
-    moments: ScanMoments | None = None,
+    statistics: ScanStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of the recurrence after the other, in float32 (float64 for float64 inputs).
 
@@ -114,7 +117,7 @@ def selective_scan_ref(
         u, delta, z: (B,L,D) input, time step before bias and softplus, gate.
         A: (D,N), negative. B, C: (B,L,N). D, delta_bias: (D,).
         h0: (B,D,N) state before the first step, zero if None.
-        moments: sums to add to, see ScanMoments.
+        statistics: sums to add to, see ScanStatistics.
 
     Returns:
         y (B,L,D) in the dtype of u, and the last state (B,D,N) in the dtype of the computation.
@@ -131,39 +134,44 @@ def selective_scan_ref(
     gate = None if z is None else F.silu(z.to(dtype))
 
     h = torch.zeros(batch, channels, A.shape[1], dtype=dtype, device=u.device) if h0 is None else h0.to(dtype)
-    twin = moments.first_twin(h0) if moments is not None and moments.needs_twin() else None  # (B,D,N)
-    twin = torch.zeros_like(h) if twin is None else twin.to(dtype)
+    counterfactual = None  # (B,D,N)
+    if statistics is not None and statistics.needs_counterfactual():
+        counterfactual = statistics.first_counterfactual(h0)
+    counterfactual = torch.zeros_like(h) if counterfactual is None else counterfactual.to(dtype)
     y = torch.empty(batch, steps, channels, dtype=dtype, device=u.device)
     for t in range(steps):
         abar = torch.exp(dt[:, t, :, None] * A)  # (B,D,N)
         inflow = dtx[:, t, :, None] * B[:, t, None, :]  # (B,D,N)
         entered, h = h, abar * h + inflow
         y[:, t] = (h @ C[:, t, :, None]).squeeze(-1)  # (B,D,N) @ (B,N,1) -> (B,D)
-        if moments is not None:
-            _add_moments(moments, t, entered, abar)
-            if moments.needs_twin():
-                twin = torch.exp(-dt[:, t, :, None]) * twin + inflow
-            if moments.gram is not None:
-                lost = {"zero": abar * entered, "unit": h - twin, "removed": h}[moments.effect] * C[:, t, None, :]
-                _add_gram(moments.gram, lost if gate is None else lost * gate[:, t, :, None])
+        if statistics is not None:
+            _add_statistics(statistics, t, entered, abar, h * C[:, t, None, :])
+            if statistics.needs_counterfactual():
+                counterfactual = torch.exp(-dt[:, t, :, None]) * counterfactual + inflow
+            if statistics.gram is not None:
+                lost = {"zero": abar * entered, "unit": h - counterfactual, "removed": h}[statistics.effect]
+                lost = lost * C[:, t, None, :]
+                _add_gram(statistics.gram, lost if gate is None else lost * gate[:, t, :, None])
     if D is not None:
         y = y + x * D.to(dtype)
     if gate is not None:
         y = y * gate
-    if moments is not None and moments.needs_twin():
-        moments.twin = twin
+    if statistics is not None and statistics.needs_counterfactual():
+        statistics.counterfactual = counterfactual
     return y.to(u.dtype), h
 
 
-def _add_moments(moments: ScanMoments, t: int, h: Tensor, abar: Tensor) -> None:
-    """Adds the state that enters step t, and the transition that it meets there, to the sums."""
-    if moments.h2 is not None:
-        moments.h2[t] += h.to(SUM_DTYPE).square().sum(0)
-    if moments.abar is not None:
-        moments.abar[t] += abar.to(SUM_DTYPE).sum(0)
-    if moments.hh is not None:
+def _add_statistics(statistics: ScanStatistics, t: int, h: Tensor, abar: Tensor, read: Tensor) -> None:
+    """Adds the state that enters step t, the transition that it meets there, and what is read of it then, to the sums."""
+    if statistics.h2 is not None:
+        statistics.h2[t] += h.to(SUM_DTYPE).square().sum(0)
+    if statistics.abar is not None:
+        statistics.abar[t] += abar.to(SUM_DTYPE).sum(0)
+    if statistics.ch2 is not None:
+        statistics.ch2[t] += read.to(SUM_DTYPE).square().sum(0)
+    if statistics.hh is not None:
         flat = h.to(SUM_DTYPE).reshape(-1, h.shape[-1])  # (B,D,N) -> (B*D,N)
-        moments.hh += flat.T @ flat
+        statistics.hh += flat.T @ flat
 
 
 def _add_gram(gram: Tensor, lost: Tensor) -> None:
@@ -205,7 +213,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     h0: Tensor | None = None,
-    moments: ScanMoments | None = None,
+    statistics: ScanStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan_ref` by the fastest kernel that there is for the inputs: same arguments, same results to rounding.
 
@@ -215,14 +223,14 @@ def selective_scan(
     name = _forced or _choose_kernel(u.device.type)
     if u.dtype == torch.float64 or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         name = "ref"
-    if moments is not None and not moments.wanted() <= provided(name):
+    if statistics is not None and not statistics.wanted() <= provided(name):
         name = "ref"
-    return _load_kernel(name)(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, moments)
+    return _load_kernel(name)(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, statistics)
 
 
 def provided(kernel: str) -> frozenset[str]:
     """The sums that a kernel fills: its module says so, the reference knows them all."""
-    return frozenset(ScanMoments.FIELDS) if kernel == "ref" else _kernel_module(kernel).PROVIDES
+    return frozenset(ScanStatistics.FIELDS) if kernel == "ref" else _kernel_module(kernel).PROVIDES
 
 
 @functools.cache

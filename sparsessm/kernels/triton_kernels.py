@@ -144,23 +144,23 @@ def scan(
 
 
 @triton.jit
-def _advance(h, twin, dt, dtx, gate, a, b_t, c_t, EFFECT: tl.constexpr):
-    """One step: h_t, h'_t, and what the gated output loses with each state pruned, as ScanMoments.gram has it."""
+def _advance(h, counterfactual, dt, dtx, gate, a, b_t, c_t, EFFECT: tl.constexpr):
+    """One step: h_t, h'_t, and what the gated output loses with each state pruned, as ScanStatistics.gram has it."""
     e = tl.exp2(dt * a)
     inflow = dtx * b_t
     lost = e * h
     h = lost + inflow
     if EFFECT == UNIT:
-        twin = tl.exp2(dt * -LOG2E) * twin + inflow
-        lost = h - twin
+        counterfactual = tl.exp2(dt * -LOG2E) * counterfactual + inflow
+        lost = h - counterfactual
     if EFFECT == REMOVED:
         lost = h
-    return h, twin, lost * c_t * gate
+    return h, counterfactual, lost * c_t * gate
 
 
 @triton.jit(do_not_specialize=["batch", "steps"])
 def products(
-    u, delta, z, B, C, A, bias, h0, twin0, twin, hh, gram,
+    u, delta, z, B, C, A, bias, h0, counterfactual0, counterfactual, hh, gram,
     batch, steps, channels,
     u_sample, u_step, delta_sample, delta_step, z_sample, z_step, B_sample, B_step, C_sample, C_step,
     N: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr,
@@ -170,8 +170,8 @@ def products(
     """Products of BI states with BJ states of BD channels over all steps of all samples.
 
     Grid: channels / BD, N / BI, N / BJ. Both sets of states go through the recurrence here, so that threads exchange
-    none. Arguments as in `scan`, and: twin0, twin (B,D,N), h' before and after, where EFFECT is UNIT; gram (D,N,N),
-    added to; hh (channels / BD,N,N), the sums over each program's channels.
+    none. Arguments as in `scan`, and: counterfactual0, counterfactual (B,D,N), h' before and after, where EFFECT is UNIT;
+    gram (D,N,N), added to; hh (channels / BD,N,N), the sums over each program's channels.
     """
     d = tl.program_id(0) * BD + tl.arange(0, BD)[None, None, :]
     i = tl.program_id(1) * BI + tl.arange(0, BI)[:, None, None]
@@ -188,13 +188,13 @@ def products(
     for _sample in range(batch):
         h_i = tl.zeros([BI, 1, BD], tl.float32)
         h_j = tl.zeros([1, BJ, BD], tl.float32)
-        twin_i, twin_j = h_i, h_j
+        other_i, other_j = h_i, h_j
         if WITH_H0:
             h_i = tl.load(h0 + d * N + i, mask=in_d & in_i, other=0.0)
             h_j = tl.load(h0 + d * N + j, mask=in_d & in_j, other=0.0)
             if EFFECT == UNIT:
-                twin_i = tl.load(twin0 + d * N + i, mask=in_d & in_i, other=0.0)
-                twin_j = tl.load(twin0 + d * N + j, mask=in_d & in_j, other=0.0)
+                other_i = tl.load(counterfactual0 + d * N + i, mask=in_d & in_i, other=0.0)
+                other_j = tl.load(counterfactual0 + d * N + j, mask=in_d & in_j, other=0.0)
         u_t, delta_t, z_t, B_t, C_t = u, delta, z, B, C
         for _step in range(steps):
             x = tl.load(u_t + d, mask=in_d, other=0.0).to(tl.float32)
@@ -208,8 +208,8 @@ def products(
             c_j = tl.load(C_t + j, mask=in_j, other=0.0).to(tl.float32)
             if WITH_HH:
                 hh_sum += h_i.to(tl.float64) * h_j.to(tl.float64)
-            h_i, twin_i, lost_i = _advance(h_i, twin_i, dt, dt * x, gate, a_i, b_i, c_i, EFFECT)
-            h_j, twin_j, lost_j = _advance(h_j, twin_j, dt, dt * x, gate, a_j, b_j, c_j, EFFECT)
+            h_i, other_i, lost_i = _advance(h_i, other_i, dt, dt * x, gate, a_i, b_i, c_i, EFFECT)
+            h_j, other_j, lost_j = _advance(h_j, other_j, dt, dt * x, gate, a_j, b_j, c_j, EFFECT)
             if WITH_GRAM:
                 gram_sum += lost_i.to(tl.float64) * lost_j.to(tl.float64)
             u_t += u_step
@@ -217,17 +217,17 @@ def products(
             z_t += z_step
             B_t += B_step
             C_t += C_step
-        if EFFECT == UNIT:
+        if EFFECT == UNIT:  # noqa: SIM102  (known when the kernel is compiled, the other is not)
             if tl.program_id(2) == 0:
-                tl.store(twin + d * N + i, twin_i, mask=in_d & in_i)
+                tl.store(counterfactual + d * N + i, other_i, mask=in_d & in_i)
         u += u_sample
         delta += delta_sample
         z += z_sample
         B += B_sample
         C += C_sample
         h0 += channels * N
-        twin0 += channels * N
-        twin += channels * N
+        counterfactual0 += channels * N
+        counterfactual += channels * N
 
     if WITH_GRAM:
         gram += (d.to(tl.int64) * N + i) * N + j

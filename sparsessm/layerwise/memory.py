@@ -46,7 +46,7 @@ def _available() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def room(
+def allocate(
     shape: tuple[int, int, int], dtype: torch.dtype, place: torch.device | str, folder: str | Path | None = None
 ) -> Tensor | DiskTensor:
     """A tensor of any content on a device or, for the place "disk", in a file in the folder.
@@ -65,7 +65,7 @@ class DiskTensor:
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, folder: str | Path | None = None) -> None:
         self.shape, self.dtype, self.folder = shape, dtype, folder
-        self._file = tempfile.TemporaryFile(dir=folder)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (open as long as the tensor is there)
         self._step = shape[2] * torch.empty(0, dtype=dtype).element_size()  # bytes of one time step
         try:
             if math.prod(shape):
@@ -77,17 +77,17 @@ class DiskTensor:
         return (row * self.shape[1] + step) * self._step
 
     def _bounds(self, where: tuple[slice, slice]) -> list[tuple[int, int, int]]:
-        return [part.indices(size) for part, size in zip(where, self.shape)]
+        return [part.indices(size) for part, size in zip(where, self.shape, strict=False)]
 
     def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
         (first, stop, _), (start, end, _) = self._bounds(where)
         out = torch.empty(stop - first, end - start, self.shape[2], dtype=self.dtype)
         for i in range(stop - first):
-            os.preadv(self._file.fileno(), [out[i].view(torch.uint8).numpy()], self._offset(first + i, start))
+            os.preadv(self._file.fileno(), [out[i].view(torch.uint8).numpy().data], self._offset(first + i, start))
         return out
 
     def __setitem__(self, where: tuple[slice, slice], value: Tensor) -> None:
         (first, stop, _), (start, _, _) = self._bounds(where)
         value = value.detach().cpu().contiguous()
         for i in range(stop - first):
-            os.pwritev(self._file.fileno(), [value[i].view(torch.uint8).numpy()], self._offset(first + i, start))
+            os.pwritev(self._file.fileno(), [value[i].view(torch.uint8).numpy().data], self._offset(first + i, start))

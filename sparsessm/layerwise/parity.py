@@ -1,16 +1,14 @@
 """Whether our forward computes what stock `transformers` does: asked of every model before anything else is done with it.
 
-A short batch goes through the stock model. Every layer is given the very input that the stock one got, in two pieces of
-time, and its output is compared; so is what enters the first layer and what the head makes of the last. The first that
-differs is named.
+A short batch goes through the stock model and through ours, layer by layer. Every layer of ours is given the very input that
+the stock one got, in pieces of time, and its output is compared; so is what enters the first layer and what the head makes
+of the last. The first that differs is named.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +18,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sparsessm.errors import DivergenceError, InputError
-from sparsessm.evaluation.perplexity import logits
-from sparsessm.models.mamba1 import block_forward
+from sparsessm.layerwise.layer import each_layer
+from sparsessm.layerwise.stream import Stream
+from sparsessm.models.architecture import Layout
+from sparsessm.models.stock import stock_torch_path
 
 # Windows and tokens of the batch: long enough for the convolution, the state and a seam between two pieces.
-_BATCH, _STEPS, _SEAM = 2, 24, 9
+_BATCH, _STEPS, _PIECE = 2, 24, 9
 # How far two roundings of the same computation may lie apart, |ours - stock| / |stock|, by dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -39,7 +39,7 @@ class Parity:
 
 
 @torch.no_grad()
-def check_parity(model: nn.Module, name: str, device: torch.device) -> Parity:
+def check_parity(layout: Layout, name: str, device: torch.device) -> Parity:
     """Compares our forward with the stock one on random tokens, layer by layer, on the device that will compute.
 
     Raises:
@@ -47,16 +47,10 @@ def check_parity(model: nn.Module, name: str, device: torch.device) -> Parity:
         DivergenceError: the stock model itself puts out values that are not finite.
     """
     start = time.perf_counter()
-    backbone = model.backbone
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (_BATCH, _STEPS), generator=generator)
-    tolerance = TOLERANCES[backbone.embeddings.weight.dtype]
+    words = layout.model.get_input_embeddings().weight
+    ids = torch.randint(len(words), (_BATCH, _STEPS), generator=torch.Generator().manual_seed(0))
+    tolerance = TOLERANCES[words.dtype]
     worst: list[Any] = [0.0, "nowhere"]
-    last: list[Tensor] = []
-    home = backbone.embeddings.weight.device
-
-    def to_device(x: Any) -> Any:
-        return x.to(device) if isinstance(x, Tensor) else x
 
     def compare(ours: Tensor, stock: Tensor, where: str, base: Tensor | None = None) -> None:
         if not torch.isfinite(stock).all():
@@ -71,52 +65,45 @@ def check_parity(model: nn.Module, name: str, device: torch.device) -> Parity:
         if off > worst[0]:
             worst[:] = [off, where]
 
-    def come(layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        layer.to(device)
-        return tree_map(to_device, (inputs, keywords))
+    inputs, outputs, logits = _stock_pass(layout, ids, device)
+    stream = Stream.embed(layout, ids, device=device, offload="cpu", batch=_BATCH, budget=0, steps=_PIECE, share=False)
+    hidden = stream.hidden
+    assert isinstance(hidden, Tensor)  # it waits in main memory
+    compare(hidden, inputs[0], "what enters layer 0")
+    for layer in each_layer(layout, stream):
+        entered, left = inputs[layer.index], outputs[layer.index]
+        hidden.copy_(entered)
+        layer.advance(check=False)
+        compare(hidden, left, f"layer {layer.index}", left.float() - entered.float())
+    with layout.outside_on(device):
+        ours = layout.leave(outputs[-1].to(device).flatten(0, 1)).cpu()
+    compare(ours.view_as(logits), logits, "the head")
+    return Parity(worst[0], worst[1], time.perf_counter() - start)
 
-    def look(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        hidden, stock = inputs[0], output[0] if isinstance(output, tuple) else output
-        index = layer.layer_idx
-        if index == 0:
-            compare(backbone.embeddings(ids).to(hidden), hidden, "what enters layer 0")
-        first, carry = block_forward(layer, hidden[:, :_SEAM])
-        second, _ = block_forward(layer, hidden[:, _SEAM:], carry=carry)
-        compare(torch.cat([first, second], 1), stock, f"layer {index}", stock.float() - hidden.float())
+
+def _stock_pass(layout: Layout, ids: Tensor, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """What enters and leaves each layer of the stock model, and its logits; its layers compute on the device."""
+    home, inputs, outputs = layout.home, [], []
+
+    def moved(value: Any, place: torch.device) -> Any:
+        return tree_map(lambda x: x.to(place) if isinstance(x, Tensor) else x, value)
+
+    def come(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        inputs.append((arguments[0] if arguments else keywords["hidden_states"]).cpu())
+        layer.to(device)
+        return moved((arguments, keywords), device)
+
+    def go(layer: nn.Module, _: Any, output: Any) -> Any:
         layer.to(home)
-        output = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, output)
-        last[:] = [output[0] if isinstance(output, tuple) else output]
+        output = moved(output, home)
+        outputs.append((output[0] if isinstance(output, tuple) else output).cpu())
         return output
 
     with ExitStack() as stack:
-        stack.enter_context(stock_torch_path(model))
-        for layer in backbone.layers:
+        stack.enter_context(stock_torch_path(layout.model))
+        for layer in layout.layers:
             stack.callback(layer.register_forward_pre_hook(come, with_kwargs=True).remove)
-            stack.callback(layer.register_forward_hook(look).remove)
+            stack.callback(layer.register_forward_hook(go).remove)
             stack.callback(layer.to, home)
-        stock_logits = model(ids, use_cache=False).logits
-    compare(logits(model, last[0]).view_as(stock_logits), stock_logits, "the head")
-    return Parity(*worst, time.perf_counter() - start)
-
-
-@contextmanager
-def stock_torch_path(model: nn.Module) -> Iterator[None]:
-    """Makes stock `transformers` compute by torch alone for a while, whatever packages it found for its kernels.
-
-    Where mamba-ssm can be imported its kernels are taken even for tensors on the CPU, where they fail; with it and without
-    causal-conv1d, Mamba's training path fails on CUDA.
-    """
-    changed = []
-    for module in {sys.modules[type(part).__module__] for part in model.modules()}:
-        if not module.__name__.startswith("transformers."):
-            continue
-        for name, function in list(vars(module).items()):
-            plain = getattr(function, "__wrapped__", None)
-            if plain is not None and getattr(function, "__module__", None) == module.__name__ and not isinstance(function, type):
-                changed.append((module, name, function))
-                setattr(module, name, plain)
-    try:
-        yield
-    finally:
-        for module, name, function in changed:
-            setattr(module, name, function)
+        logits = layout.model(ids.to(home), use_cache=False).logits.cpu()
+    return inputs, outputs, logits

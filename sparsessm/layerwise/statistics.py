@@ -1,12 +1,12 @@
 """What is observed of a module's inputs on the way: accumulators with `update` and `merge`, and nothing else.
 
 They keep plain sums in SUM_DTYPE over all windows seen; what a sum is divided by is the reader's affair. (The sums over
-states are kept by the scan itself, `sparsessm.kernels.selective_scan.ScanMoments`.)
+states are kept by the scan itself, `sparsessm.kernels.selective_scan.ScanStatistics`.)
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -20,10 +20,13 @@ class Accumulator(Protocol):
 
     total: Tensor
 
+    def tensors(self) -> list[Tensor]:
+        """All that is summed: what processes add up among themselves."""
+
     def update(self, inputs: Tensor) -> None:
         """Adds a batch of inputs, (B,L,columns); for conv1d (B,K-1+L,D), with the inputs before the piece."""
 
-    def merge(self, other: Accumulator) -> None:
+    def merge(self, other: Self) -> None:
         """Adds what another process or another share of the windows has seen."""
 
 
@@ -31,7 +34,10 @@ class _Sum:
     def __init__(self, *shape: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(shape, dtype=SUM_DTYPE, device=device)
 
-    def merge(self, other: _Sum) -> None:
+    def tensors(self) -> list[Tensor]:
+        return [self.total]
+
+    def merge(self, other: Self) -> None:
         self.total += other.total.to(self.total.device)
 
 
@@ -47,7 +53,7 @@ class Gram(_Sum):
         self.total += linear(x, x)
 
 
-class Energy(_Sum):
+class SquaredNorms(_Sum):
     """The diagonal of X X^T, (cols,)."""
 
     def __init__(self, cols: int, device: torch.device | str = "cpu") -> None:
@@ -57,17 +63,17 @@ class Energy(_Sum):
         self.total += inputs.float().square().sum((0, 1), dtype=SUM_DTYPE)
 
 
-class TapGram(_Sum):
-    """X X^T of each channel's K shifted inputs, (D,K,K): a depthwise channel sees only its own taps."""
+class ShiftedGram(_Sum):
+    """X X^T of each channel's K shifted inputs, (D,K,K): a depthwise channel sees only its own."""
 
-    def __init__(self, channels: int, taps: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(channels, taps, taps, device=device)
+    def __init__(self, channels: int, K: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(channels, K, K, device=device)
 
     def update(self, inputs: Tensor) -> None:
         K = self.total.shape[-1]
         padded = inputs.float()
         steps = padded.shape[1] - (K - 1)
-        shifted = [padded[:, k : k + steps] for k in range(K)]  # tap k meets the input K-1-k steps back
+        shifted = [padded[:, k : k + steps] for k in range(K)]  # weight k meets the input K-1-k steps back
         for i in range(K):
             for j in range(i, K):
                 products = (shifted[i] * shifted[j]).sum((0, 1), dtype=SUM_DTYPE)
@@ -76,19 +82,23 @@ class TapGram(_Sum):
                     self.total[:, j, i] += products
 
 
-class PairGram(Gram):
+class CrossGram(_Sum):
     """X X^T of a module's inputs X and T X^T, (rows,cols) in `cross`, with the outputs T that it should have."""
 
     def __init__(self, rows: int, cols: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(cols, device=device)
+        super().__init__(cols, cols, device=device)
         self.cross = torch.zeros(rows, cols, dtype=SUM_DTYPE, device=device)
 
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """inputs (B,L,cols), targets (B,L,rows)."""
-        super().update(inputs)
-        self.cross += linear(targets.flatten(0, 1).float().T, inputs.flatten(0, 1).float().T.contiguous())
+        x = inputs.flatten(0, 1).float().T.contiguous()  # (cols,B*L)
+        self.total += linear(x, x)
+        self.cross += linear(targets.flatten(0, 1).float().T, x)
 
-    def merge(self, other: PairGram) -> None:
+    def tensors(self) -> list[Tensor]:
+        return [self.total, self.cross]
+
+    def merge(self, other: Self) -> None:
         super().merge(other)
         self.cross += other.cross.to(self.cross.device)
 

@@ -2,7 +2,7 @@
 
 What stock `transformers` would load is what is loaded, by its own loader: its order of files, its rules for tied heads,
 its changes of weights on the way. Of the state-spaces layout, which it does not know, the config's keys and one tensor's
-name are translated first. What cannot be right is refused before any tensor is read. Writing is in `sparsessm.models.saving`.
+name are translated first. What cannot be right is refused before any tensor is read. `sparsessm.models.saving` writes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,10 +20,12 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sparsessm.errors import InputError, first_line
+from sparsessm.models import original
+from sparsessm.models.architecture import ARCHITECTURES
 from sparsessm.models.place import put_back
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "data" / "mamba-demo"
@@ -32,17 +33,6 @@ DEMO = Path(__file__).resolve().parent.parent.parent / "data" / "mamba-demo"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # In the order in which stock transformers takes them.
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-# All keys of the state-spaces layout; those of the second line shape initial weights and computation, not the model.
-_ORIGINAL_KEYS = {
-    "d_model", "n_layer", "vocab_size", "ssm_cfg", "rms_norm", "residual_in_fp32", "fused_add_norm",
-    "pad_vocab_size_multiple", "tie_embeddings", "d_intermediate", "attn_layer_idx", "attn_cfg",
-}  # fmt: skip
-_ORIGINAL_SSM_KEYS = {"layer", "d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias"} | {
-    "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path",
-}  # fmt: skip
-# Keys that libraries add to any config and that say nothing of the model.
-_REMARKS = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "model_type"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ class Source:
     name: str
     folder: Path
     layout: str
-    config: MambaConfig
+    config: PreTrainedConfig
     raw_config: dict[str, Any]
     files: tuple[Path, ...]
 
@@ -66,8 +56,8 @@ def find(name: str) -> Source:
     """Finds a checkpoint and checks what can be checked without reading tensors.
 
     Raises:
-        InputError: no such folder or hub id, no config or weights, not a Mamba-1 model, adapters or quantised weights,
-            files cut short.
+        InputError: no such folder or hub id, no config or weights, no model that is known here, adapters or quantised
+            weights, files cut short.
     """
     folder = DEMO if name == "demo" else Path(name).expanduser()
     if not folder.is_dir():
@@ -76,18 +66,20 @@ def find(name: str) -> Source:
         put_back(folder)
     if folder.is_dir():
         put_back(folder)
+    elif name == "demo":
+        raise InputError("the model demo comes with a clone of the repository: run there, or give a folder or a hub id")
     else:
         folder = _download(name)
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{name} holds an adapter (adapter_config.json): merge it into its base model first")
     if not (folder / "config.json").is_file():
-        raise InputError(f"{name} has no config.json: give the folder of a Mamba checkpoint")
+        raise InputError(f"{name} has no config.json: give the folder of a checkpoint")
     raw = read_json(folder / "config.json")
     try:
-        layout, config = _read_config(name, raw)
+        layout, config = _read_config(name, folder, raw)
     except InputError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, OSError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
         raise InputError(f"{folder / 'config.json'} describes no model ({reason}): correct it, or fetch it again") from None
     if (folder / "generation_config.json").is_file():
@@ -129,44 +121,18 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _read_config(name: str, raw: dict[str, Any]) -> tuple[str, MambaConfig]:
+def _read_config(name: str, folder: Path, raw: dict[str, Any]) -> tuple[str, PreTrainedConfig]:
     if raw.get("quantization_config") is not None:
         raise InputError(f"{name} has quantised weights (quantization_config): give a model with plain ones")
     if raw.get("transformers_weights") is not None:
         raise InputError(f"{name} names weight files of its own (transformers_weights in config.json): use the usual names")
+    if original.is_original(raw):
+        return "state-spaces", original.config_of(name, raw)
     kind = raw.get("model_type")
-    if kind == "mamba":
-        return "hf", MambaConfig.from_dict(copy.deepcopy(raw))
-    if kind is None and {"d_model", "n_layer", "vocab_size"} <= raw.keys():
-        return "state-spaces", _config_from_state_spaces(name, raw)
-    raise InputError(f"{name} is no Mamba model (model_type {kind!r}): give a Mamba-1 checkpoint")
-
-
-def _config_from_state_spaces(name: str, raw: dict[str, Any]) -> MambaConfig:
-    ssm = raw.get("ssm_cfg") or {}
-    if ssm.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx") or raw.get("d_intermediate"):
-        raise InputError(f"{name} is a Mamba-2 or hybrid checkpoint: only Mamba-1 models can be pruned")
-    if not raw.get("rms_norm", True):
-        raise InputError(f"{name} uses LayerNorm (rms_norm false), which transformers' Mamba has not")
-    unknown = sorted((raw.keys() - _ORIGINAL_KEYS - _REMARKS) | (ssm.keys() - _ORIGINAL_SSM_KEYS))
-    if unknown:
-        raise InputError(f"{name}: config.json has keys that no Mamba-1 model of this layout has: {', '.join(unknown)}")
-    d_model, multiple = raw["d_model"], raw.get("pad_vocab_size_multiple", 8)
-    rank = ssm.get("dt_rank", "auto")
-    return MambaConfig(
-        hidden_size=d_model,
-        num_hidden_layers=raw["n_layer"],
-        vocab_size=math.ceil(raw["vocab_size"] / multiple) * multiple,
-        state_size=ssm.get("d_state", 16),
-        conv_kernel=ssm.get("d_conv", 4),
-        expand=ssm.get("expand", 2),
-        time_step_rank=math.ceil(d_model / 16) if rank == "auto" else rank,
-        use_bias=ssm.get("bias", False),
-        use_conv_bias=ssm.get("conv_bias", True),
-        layer_norm_epsilon=1e-5,
-        residual_in_fp32=raw.get("residual_in_fp32", True),
-        tie_word_embeddings=raw.get("tie_embeddings", True),
-    )
+    if kind not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(f"{name} is no model that can be pruned here (model_type {kind!r}): known are {known}")
+    return "hf", AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _weight_files(name: str, folder: Path) -> tuple[Path, ...]:
@@ -183,7 +149,8 @@ def _weight_files(name: str, folder: Path) -> tuple[Path, ...]:
                     with safe_open(file, framework="pt"):
                         pass
                 except (SafetensorError, OSError, ValueError) as error:
-                    raise InputError(f"{file} is not a whole safetensors file ({first_line(error)}): fetch it again") from None
+                    reason = first_line(error)
+                    raise InputError(f"{file} is not a whole safetensors file ({reason}): fetch it again") from None
         return files
     raise InputError(f"{name} has a config but no weights ({_WEIGHT_FILES[0]} or {_WEIGHT_FILES[2]}, whole or in shards)")
 
@@ -202,7 +169,13 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in names)
 
 
-def load(source: Source, dtype: str = "auto") -> MambaForCausalLM:
+def skeleton(source: Source) -> PreTrainedModel:
+    """The model without weights: modules, names and shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(source.config))
+
+
+def load(source: Source, dtype: str = "auto") -> PreTrainedModel:
     """The model on the CPU, in eval mode, without gradients.
 
     A_log is float32 whatever the dtype; below float32 its values are rounded to the dtype once, here, for every runtime
@@ -218,12 +191,12 @@ def load(source: Source, dtype: str = "auto") -> MambaForCausalLM:
     options["ignore_mismatched_sizes"] = True  # it lists them, and we say so
     try:
         if source.layout == "hf":
-            model, found = AutoModelForCausalLM.from_pretrained(source.folder, trust_remote_code=False, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, trust_remote_code=False, **options)
         else:
-            state = _read_state_spaces(source)
-            model, found = MambaForCausalLM.from_pretrained(
-                None, config=copy.deepcopy(source.config), state_dict=state, **options
-            )
+            kind: Any = AutoModelForCausalLM._model_mapping[type(source.config)]
+            config, state = copy.deepcopy(source.config), _read_original(source)
+            loaded = kind.from_pretrained(None, config=config, state_dict=state, **options)
+        model, found = loaded
     except InputError:
         raise
     except Exception as error:  # what a broken pickle, zip or header raises is anything
@@ -236,7 +209,7 @@ def load(source: Source, dtype: str = "auto") -> MambaForCausalLM:
             raise InputError(f"{source.name}: {name} has values that are not finite: {remedy}")
         if name.endswith(".A_log"):
             parameter.data = parameter.data.float()
-    model.config.tie_word_embeddings = model.lm_head.weight is model.backbone.embeddings.weight
+    model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return model.eval().requires_grad_(False)
 
 
@@ -246,14 +219,14 @@ def _check_found(source: Source, found: dict[str, Any]) -> None:
         raise InputError(f"{source.name}: {name} has shape {tuple(stored)}, the config says {tuple(wanted)}")
     if found["unexpected_keys"]:
         name = sorted(found["unexpected_keys"])[0]
-        raise InputError(f"{source.name} holds {name}, which a Mamba model has not: is this the right checkpoint?")
+        raise InputError(f"{source.name} holds {name}, which this model has not: is this the right checkpoint?")
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise InputError(f"{source.name} lacks {len(missing)} tensors, the first {missing[0]}: fetch it again")
 
 
-def _read_state_spaces(source: Source) -> dict[str, Tensor]:
-    """All tensors under their Hugging Face names."""
+def _read_original(source: Source) -> dict[str, Tensor]:
+    """All tensors of the state-spaces layout under the names of transformers."""
     state: dict[str, Tensor] = {}
     for file in source.files:
         if file.suffix == ".safetensors":
@@ -263,10 +236,7 @@ def _read_state_spaces(source: Source) -> dict[str, Tensor]:
         if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
             raise InputError(f"{file} holds something else than named tensors: is this the right checkpoint?")
         state |= content
-    embedding, head = state.get("backbone.embedding.weight"), state.get("lm_head.weight")
-    if source.config.tie_word_embeddings and embedding is not None and head is not None and not torch.equal(embedding, head):
-        raise InputError(f"{source.name} ties its head by its config and holds another one: set tie_embeddings to false")
-    return {name.replace("backbone.embedding.", "backbone.embeddings."): tensor for name, tensor in state.items()}
+    return original.tensors_here(source.name, state, source.config.tie_word_embeddings)
 
 
 def fingerprint(model: torch.nn.Module) -> str:

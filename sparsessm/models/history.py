@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparsessm.errors import InputError, first_line
-from sparsessm.models.checkpoint import Source, read_json
-from sparsessm.models.mamba1 import MODULES
+from sparsessm.models.architecture import PARTS, Layout
+from sparsessm.models.checkpoint import read_json
 from sparsessm.models.place import MASKS, RECORD
 
 logger = logging.getLogger("sparsessm")
@@ -29,14 +30,34 @@ _NO_TRANSITION = 20.0
 # A matrix of which less is exactly zero may be so by chance or by rounding.
 _BY_CHANCE = 0.01
 
-PARTS = ("ssm", "layers", "model")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
-_WEIGHT = re.compile(rf"\.mixer\.({'|'.join(MODULES)})\.weight$")
+_LAYER = re.compile(r"\.(\d+)\.")  # the first number in a name is the layer
 
 
-def part_of(name: str) -> str:
-    """The part that a parameter counts in besides the whole model: "ssm", "layers", or "model" for all others."""
-    return "ssm" if name.endswith(".A_log") else "layers" if _WEIGHT.search(name) else "model"
+@dataclass(frozen=True)
+class Cut:
+    """What was removed from a parameter: entries (size,) along a dimension, True = gone."""
+
+    dim: int
+    gone: Tensor
+
+    def left(self, tensor: Tensor) -> Tensor:
+        """What is still there of a tensor in the shape from before."""
+        return tensor.index_select(self.dim, (~self.gone).nonzero().flatten())
+
+    def after(self, before: Cut | None) -> Cut:
+        """Both, one after the other, in the shape from before the first."""
+        if before is None:
+            return self
+        gone = before.gone.clone()
+        gone[~before.gone] = self.gone
+        return Cut(before.dim, gone)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A mask of what is there, in the shape from before: what was removed is True."""
+        shape = list(tensor.shape)
+        shape[self.dim] = len(self.gone)
+        found = torch.ones(shape, dtype=torch.bool)
+        return found.index_copy_(self.dim, (~self.gone).nonzero().flatten(), tensor.cpu())
 
 
 @dataclass(frozen=True)
@@ -45,13 +66,13 @@ class History:
 
     Attributes:
         masks: by parameter, True = gone, in the shape from before anything was removed.
-        states: by A_log parameter, the states (N0,) that were removed from it; none where none were.
+        cuts: by parameter, what was removed from it; none where nothing was.
         counts: entries of whole parameters that are not there any more, by part.
         runs: the records of earlier runs, the first one first.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
-    states: dict[str, Tensor] = field(default_factory=dict)
+    cuts: dict[str, Cut] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     runs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -60,77 +81,73 @@ class History:
 
     def present(self) -> dict[str, Tensor]:
         """Masks of what is there, in the shapes that parameters have now."""
-        return {name: mask[:, ~self.states[name]] if name in self.states else mask for name, mask in self.masks.items()}
+        return {name: self.cuts[name].left(mask) if name in self.cuts else mask for name, mask in self.masks.items()}
 
     def merged(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """These masks together with those of a run, which has the shapes of now."""
         found = dict(self.masks)
         for name, mask in masks.items():
-            if name in self.states:
-                whole = self.masks[name].clone()
-                whole[:, ~self.states[name]] |= mask
-                found[name] = whole
-            else:
-                found[name] = mask | self.masks[name] if name in self.masks else mask
+            whole = self.cuts[name].whole(mask) if name in self.cuts else mask
+            found[name] = whole | self.masks[name] if name in self.masks else whole
         return found
 
     def without_layers(self, removed: Sequence[int]) -> History:
         """The same for a model from which blocks were taken out: their masks go, those behind them move up."""
 
-        def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
             found = {}
-            for name, tensor in tensors.items():
+            for name, value in values.items():
                 place = _LAYER.search(name)
+                assert place is not None  # every mask is of a layer
                 layer = int(place[1])
                 if layer not in removed:
-                    found[_LAYER.sub(f".layers.{layer - sum(gone < layer for gone in removed)}.", name)] = tensor
+                    found[_LAYER.sub(f".{layer - sum(gone < layer for gone in removed)}.", name, count=1)] = value
             return found
 
-        return replace(self, masks=renamed(self.masks), states=renamed(self.states))
+        return replace(self, masks=renamed(self.masks), cuts=renamed(self.cuts))
 
-    def removed(self, masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, list[int]]:
-        """Which states are gone from each A_log of a pruned model, counted from 0 in the model as it once was."""
-        found = {}
-        for name, parameter in model.named_parameters():
-            mask = masks.get(name)
-            if mask is None or mask.shape == parameter.shape:
-                continue
-            before = self.states.get(name, torch.zeros(mask.shape[1], dtype=torch.bool))
-            columns = before | mask.all(0)
-            if int(columns.sum()) != mask.shape[1] - parameter.shape[1]:  # pruned whole before others were removed
-                left = mask.shape[1] - parameter.shape[1] - int(before.sum())
-                columns = before | _first(mask.all(0) & ~before, left)
-            found[name] = columns.nonzero().flatten().tolist()
-        return found
+    def removed(self, cuts: Mapping[str, Cut]) -> dict[str, dict[str, Any]]:
+        """What is cut from each parameter, with these cuts of a run: dimension, and indices in the model as it once was."""
+        every = self.cuts | {name: cut.after(self.cuts.get(name)) for name, cut in cuts.items()}
+        return {
+            name: {"dim": cut.dim, "index": cut.gone.nonzero().flatten().tolist()} for name, cut in sorted(every.items())
+        }
+
+    def followed_by(self, masks: Mapping[str, Tensor], past: Mapping[str, Any], run: dict[str, Any]) -> History:
+        """The history of the model after a run that left these masks and this past (result.Result)."""
+        cuts = {name: _recorded_cut(masks[name], cut) for name, cut in past.get("removed", {}).items()}
+        counts = past.get("gone") or dict.fromkeys(PARTS, 0)
+        return History(dict(masks), {name: cut for name, cut in cuts.items() if cut}, dict(counts), [*self.runs, run])
 
     def __str__(self) -> str:
         methods = [str(run.get("options", {}).get("method")) for run in self.runs]
         return ", ".join(methods) or "by its values"
 
 
-def _first(mask: Tensor, count: int) -> Tensor:
-    return mask & (mask.cumsum(0) <= count)
+def cut_between(mask: Tensor, shape: Sequence[int]) -> Cut:
+    """Where a parameter became smaller than its mask: along the first such dimension, where the mask is full."""
+    dim = next(d for d, (old, new) in enumerate(zip(mask.shape, shape, strict=True)) if old != new)
+    full = mask.transpose(0, dim).flatten(1).all(1) if mask.dim() > 1 else mask.clone()
+    missing = mask.shape[dim] - shape[dim]  # more may be full than was removed: pruned whole, and still there
+    return Cut(dim, full & (full.cumsum(0) <= missing))
 
 
-def read_history(source: Source, model: nn.Module) -> History:
-    """What the folder and the values of a loaded model say of earlier pruning.
+def read_history(folder: Path | None, layout: Layout) -> History:
+    """What the folder of a checkpoint, if there is one, and the values of the loaded model say of earlier pruning.
 
     Raises:
         InputError: masks.safetensors or sparsessm.json is broken, or belongs to another model.
     """
-    record = _read_record(source)
-    parameters = dict(model.named_parameters())
-    masks, states = _read_masks(source, parameters, record)
+    record = _read_record(folder)
+    parameters = dict(layout.model.named_parameters())
+    masks, cuts = _read_masks(folder, parameters, record)
     sidecar = bool(masks)
-    for name, parameter in parameters.items():
-        kind = part_of(name)
-        if kind == "model":
-            continue
-        known = name in masks
-        gone = _gone_by_value(parameter, kind, sidecar)
+    for name, part in layout.parts().items():
+        parameter, known = parameters[name], name in masks
+        gone = _gone_by_value(parameter, part, sidecar)
         if known:
-            here = masks[name][:, ~states[name]] if name in states else masks[name]
-            value_gone = (parameter == 0) | (parameter >= _NO_TRANSITION) if kind == "ssm" else parameter == 0
+            here = cuts[name].left(masks[name]) if name in cuts else masks[name]
+            value_gone = (parameter == 0) | (parameter >= _NO_TRANSITION) if part == "ssm" else parameter == 0
             stale = here & ~value_gone
             if stale.any():
                 logger.warning(
@@ -138,91 +155,123 @@ def read_history(source: Source, model: nn.Module) -> History:
                     MASKS, int(stale.sum()), name,
                 )  # fmt: skip
             gone |= here & value_gone
-        if name in states:
-            whole = states[name].expand(parameter.shape[0], -1).clone()
-            whole[:, ~states[name]] = gone
-            masks[name] = whole
+        if name in cuts:
+            masks[name] = cuts[name].whole(gone)
         elif gone.any():
             masks[name] = gone
         elif known:
             del masks[name]
     counts = {part: int(record.get("gone", {}).get(part, 0)) for part in PARTS}
-    return History(dict(sorted(masks.items())), states, counts, _runs(record))
+    return History(dict(sorted(masks.items())), cuts, counts, _runs(record))
 
 
-def _gone_by_value(parameter: Tensor, kind: str, sidecar: bool) -> Tensor:
+def _gone_by_value(parameter: Tensor, part: str, sidecar: bool) -> Tensor:
     """Entries of a parameter whose values can only come from pruning."""
     zero = parameter == 0
-    if kind == "ssm":
-        # S4D's initial values are log 1 = 0 in all of the first state; zeros elsewhere were put there
-        initial = bool(zero[:, 0].all()) and int(zero.sum()) == zero.shape[0]
+    if part == "ssm":
         gone = parameter >= _NO_TRANSITION
-        return gone if initial or sidecar else gone | zero
+        return gone if sidecar or _is_initial(zero) else gone | zero
     return zero if not sidecar and float(zero.float().mean()) >= _BY_CHANCE else torch.zeros_like(zero)
 
 
-def _read_record(source: Source) -> dict[str, Any]:
-    file = source.folder / RECORD
-    if not file.is_file():
+def _is_initial(zero: Tensor) -> bool:
+    """Whether A_log is zero where its initial values are: log 1 in the first state, or of the first head."""
+    first = zero[:, 0] if zero.dim() == 2 else zero[:1]
+    return bool(first.all()) and int(zero.sum()) == first.numel()
+
+
+def _read_record(folder: Path | None) -> dict[str, Any]:
+    if folder is None or not (folder / RECORD).is_file():
         return {}
+    file = folder / RECORD
     record = read_json(file)
-    gone, states = record.get("gone", {}), record.get("removed_states", {})
+    gone, cuts = record.get("gone", {}), record.get("removed", {})
     whole = isinstance(gone, dict) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in gone.values())
-    named = isinstance(states, dict) and all(isinstance(n, int) for row in states.values() for n in _listed(row, file))
-    if not (whole and named and isinstance(record.get("history", []), list) and isinstance(record.get("options", {}), dict)):
+    if not (
+        whole and isinstance(cuts, dict) and all(map(_is_cut, cuts.values()))
+        and isinstance(record.get("history", []), list) and isinstance(record.get("options", {}), dict)
+    ):  # fmt: skip
         raise InputError(f"{file} does not hold what it should: restore it, or remove it and {MASKS}")
     return record
 
 
-def _listed(row: Any, file: Any) -> list[Any]:
-    if not isinstance(row, list):
-        raise InputError(f"{file} does not hold what it should: restore it, or remove it and {MASKS}")
-    return row
+def _is_cut(value: Any) -> bool:
+    if not (isinstance(value, dict) and isinstance(value.get("dim"), int) and isinstance(value.get("index"), list)):
+        return False
+    return all(isinstance(n, int) and not isinstance(n, bool) for n in value["index"])
 
 
 def _runs(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The earlier records, and this one without them."""
     earlier = [run for run in record.get("history", []) if isinstance(run, dict)]
-    own = {key: value for key, value in record.items() if key not in ("history", "gone", "removed_states")}
+    own = {key: value for key, value in record.items() if key not in ("history", "gone", "removed")}
     return [*earlier, own] if own else earlier
 
 
 def _read_masks(
-    source: Source, parameters: Mapping[str, Tensor], record: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The masks beside a checkpoint, and by A_log which states were removed."""
-    file = source.folder / MASKS
-    if not file.is_file():
+    folder: Path | None, parameters: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Cut]]:
+    """The masks beside a checkpoint, and what was removed from parameters."""
+    if folder is None or not (folder / MASKS).is_file():
         return {}, {}
+    file = folder / MASKS
     try:
         masks = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({first_line(error)}): restore it, or remove it") from None
-    states = {}
+    cuts = {}
     for name, mask in masks.items():
         parameter = parameters.get(name)
         if parameter is None or mask.dtype != torch.bool or mask.dim() != parameter.dim():
             raise InputError(f"{file}: {name} is no mask of this model: remove the file, or restore the right one")
         if mask.shape == parameter.shape:
             continue
-        columns = _removed_states(mask, record.get("removed_states", {}).get(name))
-        fits = name.endswith(".A_log") and mask.shape[0] == parameter.shape[0]
-        if not fits or int((~columns).sum()) != parameter.shape[1]:
+        cut = _recorded_cut(mask, record.get("removed", {}).get(name)) or cut_between(mask, parameter.shape)
+        if cut.left(mask).shape != parameter.shape:
             raise InputError(
                 f"{file}: {name} has shape {tuple(mask.shape)}, the model's is {tuple(parameter.shape)}: remove the file, "
                 "or restore the right one"
             )
-        states[name] = columns
-    return masks, states
+        cuts[name] = cut
+    return masks, cuts
 
 
-def _removed_states(mask: Tensor, recorded: list[int] | None) -> Tensor:
-    """(N0,): the removed states; as recorded, else the columns that are gone whole (versions before 0.2)."""
-    if recorded is None:
-        return mask.all(0)
-    columns = torch.zeros(mask.shape[1], dtype=torch.bool)
-    columns[[n for n in recorded if 0 <= n < mask.shape[1]]] = True
-    return columns
+def _recorded_cut(mask: Tensor, recorded: Mapping[str, Any] | None) -> Cut | None:
+    if recorded is None or not 0 <= recorded["dim"] < mask.dim():
+        return None
+    gone = torch.zeros(mask.shape[recorded["dim"]], dtype=torch.bool)
+    gone[[n for n in recorded["index"] if 0 <= n < len(gone)]] = True
+    return Cut(recorded["dim"], gone)
+
+
+def counts_of(masks: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
+    """What sparsity.json holds: pruned and total entries by parameter."""
+    return {name: {"pruned": int(mask.sum()), "total": mask.numel()} for name, mask in masks.items()}
+
+
+class Ledger:
+    """Counts entries by part: of A_log (ssm), of the weights that can be pruned (layers), of the whole model.
+
+    What earlier runs took out of the model counts as if it were there; tied parameters count once.
+    """
+
+    def __init__(self, layout: Layout, history: History) -> None:
+        self._parts, self._before = layout.parts(), history.counts
+        self.sizes = dict(history.counts)
+        for name, parameter in layout.model.named_parameters():
+            self.add(self.sizes, name, history.masks[name].numel() if name in history.cuts else parameter.numel())
+
+    def add(self, counts: dict[str, int], name: str, size: int) -> None:
+        """Adds entries of a parameter to what it counts as."""
+        for part in {self._parts.get(name, "model"), "model"}:
+            counts[part] += size
+
+    def shares(self, counts: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+        """Shares that are gone by these counts and before; what was removed counts as pruned."""
+        pruned = dict(self._before)
+        for name, count in counts.items():
+            self.add(pruned, name, count["pruned"])
+        return {part: pruned[part] / size if size else 0.0 for part, size in self.sizes.items()}
 
 
 def already_pruned(history: History, model: nn.Module, names: set[str], sparsity: float) -> str | None:

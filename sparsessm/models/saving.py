@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import MambaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsessm import files
 from sparsessm.errors import InputError, first_line, storing
+from sparsessm.models import original
+from sparsessm.models.architecture import architecture_of
 from sparsessm.models.place import MASKS, RECORD, Place
 
-# Keys of a config by which stock transformers changes weights when it loads them: what we hold has been through that.
-_DONE_WHEN_LOADED = {"rescale_prenorm_residual": False}
 
-
-def size_needed(model: MambaForCausalLM) -> int:
+def size_needed(model: PreTrainedModel) -> int:
     """Bytes that a checkpoint of the model takes, masks of all entries included."""
     return sum(parameter.numel() * (parameter.element_size() + 1) for parameter in model.parameters())
 
@@ -46,7 +45,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def save(
-    model: MambaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     masks: Mapping[str, Tensor],
     record: Mapping[str, Any],
@@ -68,7 +67,7 @@ def save(
 
 
 def write_model(
-    model: MambaForCausalLM,
+    model: PreTrainedModel,
     masks: Mapping[str, Tensor],
     record: Mapping[str, Any],
     place: Place,
@@ -92,45 +91,23 @@ def write_model(
             for name, mask in masks.items():
                 if name.endswith(".A_log") and mask.shape == state[name].shape:
                     state[name] = state[name].masked_fill(mask, 0)
-        {"hf": _write_hf, "state-spaces": _write_state_spaces}[layout](model, state, place.staging, original_config or {})
+        _LAYOUTS[layout](model, state, place.staging, original_config or {})
         if masks:
             save_file({name: mask.contiguous() for name, mask in sorted(masks.items())}, place.staging / MASKS)
         (place.staging / RECORD).write_text(files.strict_json(record, indent=2, sort_keys=True) + "\n")
 
 
-def _write_hf(model: MambaForCausalLM, state: dict[str, Tensor], folder: Path, _: Mapping[str, Any]) -> None:
-    for key, value in _DONE_WHEN_LOADED.items():
-        if hasattr(model.config, key):
-            setattr(model.config, key, value)
+def _write_hf(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, _: Mapping[str, Any]) -> None:
+    for key, value in architecture_of(model.config).neutral.items():
+        setattr(model.config, key, value)
     if hasattr(model.config, "auto_map"):
         del model.config.auto_map  # it names code that is not saved
     model.save_pretrained(folder, state_dict=state)
 
 
-def _write_state_spaces(
-    model: MambaForCausalLM, state: dict[str, Tensor], folder: Path, original: Mapping[str, Any]
-) -> None:
-    (folder / "config.json").write_text(json.dumps(_state_spaces_config(model, original), indent=2) + "\n")
-    renamed = {name.replace("backbone.embeddings.", "backbone.embedding."): tensor for name, tensor in state.items()}
-    torch.save(renamed, folder / "pytorch_model.bin")
+def _write_original(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, source: Mapping[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(original.raw_config(model.config, source), indent=2) + "\n")
+    torch.save(original.tensors_there(state), folder / "pytorch_model.bin")
 
 
-def _state_spaces_config(model: MambaForCausalLM, original: Mapping[str, Any]) -> dict[str, Any]:
-    config = model.config
-    if config.intermediate_size != int(config.expand * config.hidden_size):
-        raise InputError("the state-spaces layout has no word for an intermediate size other than expand * d_model")
-    rows = config.vocab_size
-    return {
-        "d_model": config.hidden_size,
-        "n_layer": config.num_hidden_layers,
-        "vocab_size": original.get("vocab_size", rows),
-        "ssm_cfg": {
-            "d_state": config.state_size, "d_conv": config.conv_kernel, "expand": config.expand,
-            "dt_rank": config.time_step_rank, "bias": config.use_bias, "conv_bias": config.use_conv_bias,
-        },
-        "rms_norm": True,
-        "residual_in_fp32": config.residual_in_fp32,
-        "fused_add_norm": original.get("fused_add_norm", True),
-        "pad_vocab_size_multiple": original.get("pad_vocab_size_multiple", 8 if rows % 8 == 0 else 1),
-        "tie_embeddings": config.tie_word_embeddings,
-    }  # fmt: skip
+_LAYOUTS = {"hf": _write_hf, "state-spaces": _write_original}

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: the one that AutoTokenizer takes, checked against the model before anything heavy starts."""
+"""The tokenizer of a checkpoint: the one that AutoTokenizer takes, checked against the model before heavy work starts."""
 
 from __future__ import annotations
 

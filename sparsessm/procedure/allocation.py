@@ -1,99 +1,83 @@
-"""Sparsities of layers and modules from the errors that they make at the output of their block (docs/BEYOND.md)."""
+"""Sparsities of layers and modules from the errors that they make at the output of their layer (docs/BEYOND.md)."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
-
-from sparsessm.layerwise.walk import BlockView, Stream, walk
-from sparsessm.procedure.pipeline import (
-    NO_PROGRESS,
-    Progress,
-    Report,
-    TransitionPlan,
-    WeightPlan,
-    accumulator,
-    module_weight,
-    prune_block_A_log,
-    prune_module,
-)
-from sparsessm.pruning.budget import MEASURED_AT, budget
-
-ALLOCATIONS = ("uniform", "sensitivity", "output")
+from sparsessm.layerwise.layer import Layer
+from sparsessm.procedure.driver import Job, Measurement, Outcome, run_pass
+from sparsessm.procedure.plan import TransitionPlan, WeightPlan
+from sparsessm.procedure.rules import accumulator, prune_module
+from sparsessm.procedure.transitions import apply_choice, choose_transitions
+from sparsessm.procedure.weights import Shares
+from sparsessm.pruning.budget import MEASURED_AT, budget, in_whole_entries
 
 
-@torch.no_grad()
-def output_shares(
-    model: nn.Module,
-    embed: Callable[[], Stream],
-    transitions: TransitionPlan | None,
-    weights: WeightPlan | None,
-    first: int,
-    stop: int,
-    report: Report,
-    progress: Progress = NO_PROGRESS,
-) -> dict[tuple[int, str], float]:
-    """Sparsity by layer and module, and by layer and A_log, for the plans' sparsities over all of them.
+class MeasureErrors(Measurement):
+    """Prunes each part of a layer alone at the sparsities MEASURED_AT, takes the error of the layer's output, puts it back.
 
-    One walk over the model as it is. Each part is pruned alone at the sparsities MEASURED_AT, the error of the block's
-    output is taken on the first batch of windows of each process, relative to the energy of the stream, and the part is
-    put back. A_log and the weights have a budget each.
+    The error is taken on the first batch of windows of each process, relative to the squares of the stream.
     """
-    names = ["A_log"] * (transitions is not None) + list(weights.modules if weights is not None else ())
-    parts = [(layer, name) for layer in range(first, stop) for name in names]
 
-    def fits(rows: Any) -> bool:
-        return [tuple(row[:2]) for row in rows] == parts and all(
-            size > 0 and len(errors) == len(MEASURED_AT) and all(map(math.isfinite, errors)) for _, _, size, errors in rows
-        )
+    name = "allocation"
 
-    rows = progress.load_figures("allocation", fits)
-    if rows is None:
-        rows = []
-        for view in walk(model, embed(), first, stop):
-            found = _measure(view, transitions, weights)
-            rows += [(view.index, name, size, errors) for name, (size, errors) in found.items()]
-            report("allocation", view.index, **{name: errors[0] for name, (_, errors) in found.items()})
-        progress.store_figures("allocation", rows)
-    shares: dict[tuple[int, str], float] = {}
-    for plan, ours in ((transitions, lambda name: name == "A_log"), (weights, lambda name: name != "A_log")):
-        parts = {(layer, name): (size, errors) for layer, name, size, errors in rows if ours(name)}
-        if plan is not None:
-            shares |= budget(parts, plan.pattern.sparsity)
-    return shares
+    def __init__(self, transitions: TransitionPlan | None, weights: WeightPlan | None) -> None:
+        self.transitions, self.weights = transitions, None if weights is None else replace(weights, polish=0)
 
+    @property
+    def parts(self) -> list[str]:
+        return ["A_log"] * (self.transitions is not None) + list(self.weights.modules if self.weights else ())
 
-def _measure(
-    view: BlockView, transitions: TransitionPlan | None, weights: WeightPlan | None
-) -> dict[str, tuple[int, list[float]]]:
-    """Size and errors of each part of a block; the block is left as it was."""
-    before = copy.deepcopy(view.block)
-    original = BlockView(view.index, before, view.stream)
-    found = {}
-    if transitions is not None:
-        errors = []
-        for sparsity in MEASURED_AT:
-            prune_block_A_log(view, transitions, sparsity)
-            errors.append(view.output_error(original))
-            view.write("A_log", before.mixer.A_log)
-        found["A_log"] = (view.A_log.numel(), errors)
-    if weights is not None:
-        plan = replace(weights, polish=0)
-        made = {name: accumulator(view, name, plan) for name in plan.modules}
-        seen = {name: sums for name, sums in made.items() if sums is not None}
-        if seen:
-            view.observe(seen)
-        for name in plan.modules:
+    def visit(self, layer: Layer, dense: Layer | None) -> Outcome:
+        original = layer.copy(copy.deepcopy(layer.module))
+        found: dict[str, Any] = {}
+        if self.transitions is not None:
             errors = []
             for sparsity in MEASURED_AT:
-                prune_module(view, name, plan, seen[name].total if name in seen else None, sparsity=sparsity)
-                errors.append(view.output_error(original))
-                view.write(f"{name}.weight", module_weight(original, name))
-            found[name] = (module_weight(view, name).numel(), errors)
-    return found
+                plan = self.transitions.share(sparsity)
+                apply_choice(layer, choose_transitions(layer, plan), plan)
+                errors.append(layer.output_error(original))
+                layer.write("A_log", original.A_log)
+            found["A_log"] = [layer.A_log.numel(), errors]
+        if self.weights is not None:
+            made = {name: accumulator(layer, name, self.weights) for name in self.weights.modules}
+            seen = {name: sums for name, sums in made.items() if sums is not None}
+            if seen:
+                layer.observe(seen)
+            for name in self.weights.modules:
+                errors, total = [], seen[name].total if name in seen else None
+                for sparsity in MEASURED_AT:
+                    prune_module(layer, name, self.weights, total, sparsity=sparsity)
+                    errors.append(layer.output_error(original))
+                    layer.write(f"{name}.weight", original.weight(name))
+                found[name] = [layer.weight(name).numel(), errors]
+        return Outcome(figures={name: errors[0] for name, (_, errors) in found.items()}, record=found)
+
+    def fits(self, layer: Layer, record: Any) -> bool:
+        return list(record) == self.parts and all(
+            size > 0 and len(errors) == len(MEASURED_AT) and all(map(math.isfinite, errors))
+            for size, errors in record.values()
+        )
+
+
+def measured_shares(job: Job, transitions: TransitionPlan | None, weights: WeightPlan | None) -> Shares:
+    """Sparsity by layer and module, and by layer and A_log, for the plans' sparsities over all of them.
+
+    A_log and the weights have a budget each.
+    """
+    found = run_pass(job, MeasureErrors(transitions, weights))
+    shares: dict[tuple[int, str], float] = {}
+    for plan, ours in ((transitions, lambda name: name == "A_log"), (weights, lambda name: name != "A_log")):
+        if plan is not None:
+            parts = {
+                (layer, name): (size, errors)
+                for layer, outcome in found.items() for name, (size, errors) in outcome.record.items() if ours(name)
+            }  # fmt: skip
+            found_shares = budget(parts, plan.pattern.sparsity)
+            if plan is transitions:  # Mamba-2 has a handful of entries a layer
+                found_shares = in_whole_entries({part: size for part, (size, _) in parts.items()}, found_shares)
+            shares |= found_shares
+    return shares

@@ -1,177 +1,118 @@
 """Pruning that lets the weights that stay make up for those that go (docs/BEYOND.md).
 
-One walk over the model that is pruned, with the dense one walked along on the same windows. In each block A_log is pruned
-first, then the modules in the order in which data meets them. What out_proj is solved for is not its old weight but the
-dense model's stream after the block: that repairs what this block and all before it have drifted.
+One pass over the model that is pruned, with the dense one beside it on the same windows. In each layer A_log is pruned
+first, then the modules in the order in which data meets them. What the mixer's last module is solved for is not its old
+weight but the dense model's stream after the layer: that repairs what this layer and all before it have drifted.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
-from sparsessm.layerwise.statistics import PairGram
-from sparsessm.layerwise.walk import BlockView, Stream, walk
-from sparsessm.models.mamba1 import MODULES
-from sparsessm.procedure.pipeline import (
-    NO_PROGRESS,
-    Masks,
-    Progress,
-    Report,
-    TransitionPlan,
-    WeightPlan,
-    accumulator,
-    apply_transitions,
-    module_weight,
-    prune_block_A_log,
-    prune_module,
-    shape_left,
-    shrink_states,
-)
-from sparsessm.pruning.obs import polish
+from sparsessm.layerwise.layer import Layer
+from sparsessm.layerwise.statistics import CrossGram
+from sparsessm.procedure.driver import Change, Masks, Outcome, Shapes
+from sparsessm.procedure.plan import CompensationPlan, TransitionPlan, WeightPlan
+from sparsessm.procedure.rules import accumulator, prune_module
+from sparsessm.procedure.transitions import apply_choice, choose_transitions, expected_of, restore_values, shaped
+from sparsessm.procedure.weights import Shares, share_of
+from sparsessm.pruning.obs import refine
 from sparsessm.pruning.refit import refit
 
 
-@dataclass(frozen=True)
-class CompensationPlan:
-    """How the weights that stay make up for those that go.
+class PruneCompensated(Change):
+    """Prunes A_log, the weights or both of each layer, and solves its last module toward the dense stream."""
 
-    Attributes:
-        refit: solve out_proj toward the dense model's stream after the block, whether it is pruned or not.
-        sequential: modules of a block one after the other, each on what the pruned ones before it put out; otherwise
-            all on what the block made of its inputs before any of them was pruned.
-        ridge: pull of the refit toward the weights as they are, as a share of the Hessian's mean diagonal.
-    """
+    name = "compensated"
 
-    refit: bool = False
-    sequential: bool = False
-    ridge: float = 0.1
+    def __init__(
+        self, transitions: TransitionPlan | None, weights: WeightPlan | None, plan: CompensationPlan, shares: Shares
+    ) -> None:
+        self.transitions, self.weights, self.plan, self.shares = transitions, weights, plan, shares
+        self.dense = plan.refit
 
-    def __bool__(self) -> bool:
-        return self.refit or self.sequential
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return () if self.weights is None else self.weights.modules
 
+    def visit(self, layer: Layer, dense: Layer | None) -> Outcome:
+        choice, applied, weights = None, (Masks(), Masks()), Masks()
+        if self.transitions is not None:
+            plan = self.transitions.share(self.shares.get((layer.index, "A_log")))
+            choice = choose_transitions(layer, plan)
+            applied = apply_choice(layer, choice, plan)
+        if self.weights is not None:
+            for together in [(name,) for name in self.modules] if self.plan.sequential else [self.modules]:
+                weights |= self._prune_modules(layer, dense, self.weights, together)
+        last = layer.mixer.MODULES[-1]
+        if dense is not None and last not in self.modules:
+            layer.write(f"{last}.weight", self._solved(layer, _target(layer, dense)))
+        return self._outcome(layer, choice, applied, weights)
 
-Shares = Mapping[tuple[int, str], float]  # sparsity by layer and module, or A_log; where it is not the plan's
+    def _outcome(self, layer: Layer, choice: Tensor | None, applied: tuple[Masks, Masks], weights: Masks) -> Outcome:
+        figures = {}
+        if choice is not None:
+            figures["ssm"] = float(choice.double().mean())
+        if weights:
+            figures["layers"] = share_of(weights)
+        choices = weights if choice is None else {layer.full_name("A_log"): choice, **weights}
+        values: Masks = {name: layer.parameter(layer.short_name(name)) for name in self._values(layer)}
+        masks, removed = applied
+        return Outcome({**masks, **weights}, removed, choices, values, figures)
 
+    def _values(self, layer: Layer) -> Shapes:
+        names = [f"{name}.weight" for name in self.modules]
+        if self.dense:
+            names.append(f"{layer.mixer.MODULES[-1]}.weight")
+        if self.transitions is not None and not self.transitions.pattern.removes:
+            names.append("A_log")
+        return {layer.full_name(name): layer.parameter(name).shape for name in names}
 
-@torch.no_grad()
-def prune_compensated(
-    model: nn.Module,
-    embed: Callable[[], Stream],
-    transitions: TransitionPlan | None,
-    weights: WeightPlan | None,
-    plan: CompensationPlan,
-    first: int,
-    stop: int,
-    report: Report,
-    progress: Progress = NO_PROGRESS,
-    shares: Shares | None = None,
-) -> Masks:
-    """Prunes A_log, the weights or both in the blocks first <= i < stop; masks by parameter name, True = pruned.
+    def expected(self, layer: Layer) -> tuple[Shapes, Shapes]:
+        later = layer
+        choices: Shapes = {}
+        if self.transitions is not None:
+            later, (_, choices) = shaped(layer, self.transitions), expected_of(layer, self.transitions)
+        weights = {later.full_name(f"{name}.weight"): later.weight(name).shape for name in self.modules}
+        return self._values(later), {**weights, **choices}
 
-    Args:
-        embed: makes the stream that enters the first block; called for the pruned model and, with `refit`, for the dense.
-    """
-    masks: Masks = {}
-    dense = embed() if plan.refit else None
-    for view in walk(model, embed()):
-        teacher = None if dense is None else BlockView(view.index, copy.deepcopy(view.block), dense)
-        if first <= view.index < stop:
-            masks |= _prune_block(view, teacher, transitions, weights, plan, report, progress, shares or {})
-        if teacher is not None:
-            teacher.advance()
-    if transitions is not None:
-        shrink_states(model, transitions)
-    return masks
+    def restore(self, layer: Layer, values: Masks, choices: Masks) -> Outcome:
+        weights, applied, choice = dict(choices), (Masks(), Masks()), None
+        if self.transitions is not None:
+            choice = weights.pop(layer.full_name("A_log")).to(layer.stream.device)
+            applied = apply_choice(layer, choice, self.transitions)
+        restore_values(layer, values)
+        return self._outcome(layer, choice, applied, weights)
 
-
-def _prune_block(
-    view: BlockView,
-    teacher: BlockView | None,
-    transitions: TransitionPlan | None,
-    weights: WeightPlan | None,
-    plan: CompensationPlan,
-    report: Report,
-    progress: Progress,
-    shares: Shares,
-) -> Masks:
-    A_log, modules = view.parameter_name("A_log"), () if weights is None else weights.modules
-    masked = {view.parameter_name(f"{name}.weight"): module_weight(view, name).shape for name in modules}
-    changed = dict(masked)
-    if teacher is not None:
-        changed[view.parameter_name("out_proj.weight")] = module_weight(view, "out_proj").shape
-    if transitions is not None:
-        masked[A_log], changed[A_log] = view.A_log.shape, shape_left(view, transitions)
-    before = progress.load("compensated", view.index, changed, masked)
-    if before is not None:
-        values, masks = before
-        if transitions is not None:
-            apply_transitions(view, masks[A_log].to(view.stream.device), transitions)
-        for name, value in values.items():
-            view.write(_short(view, name), value)
-    else:
+    def _prune_modules(self, layer: Layer, dense: Layer | None, plan: WeightPlan, names: tuple[str, ...]) -> Masks:
+        """Prunes modules that look at their inputs together."""
+        last = layer.mixer.MODULES[-1]
+        made = {name: accumulator(layer, name, plan) for name in names if name != last or dense is None}
+        seen = {name: found for name, found in made.items() if found is not None}
+        if seen:
+            layer.observe(seen)
         masks = {}
-        if transitions is not None:
-            masks[A_log] = prune_block_A_log(view, transitions, shares.get((view.index, "A_log")))
-        for together in [(name,) for name in modules] if plan.sequential else [modules]:
-            masks |= _prune_modules(view, teacher, together, weights, plan, shares)
-        if teacher is not None and "out_proj" not in modules:
-            pair = _aim(view, teacher)
-            view.write("out_proj.weight", _solved(view, pair, plan))
-        values = {name: view.block.mixer.get_parameter(_short(view, name)) for name in changed}
-        progress.store("compensated", view.index, values, masks)
-    figures = {}
-    for part, names in {"ssm": masks.keys() & {A_log}, "layers": masks.keys() - {A_log}}.items():
-        if names:
-            figures[part] = sum(int(masks[name].sum()) for name in names) / sum(masks[name].numel() for name in names)
-    report("compensated", view.index, **figures)
-    return {name: mask.cpu() for name, mask in masks.items()}
+        for name in names:
+            sums, start = seen[name].total if name in seen else None, None
+            if name == last and dense is not None:
+                gram = _target(layer, dense)
+                start, sums = self._solved(layer, gram), gram.total
+            share = self.shares.get((layer.index, name))
+            masks[layer.full_name(f"{name}.weight")] = prune_module(layer, name, plan, sums, start, share)
+        return masks
+
+    def _solved(self, layer: Layer, gram: CrossGram) -> Tensor:
+        """The last module's weight that comes nearest to the dense model's stream; what was pruned before stays zero."""
+        last = layer.mixer.MODULES[-1]
+        best = refit(layer.weight(last), gram.total, gram.cross, self.plan.ridge)
+        gone = layer.gone(f"{last}.weight")
+        if gone is None:
+            return best
+        return refine(best.masked_fill(gone, 0), gone, best, gram.total.to(best.dtype), self.plan.ridge)
 
 
-def _prune_modules(
-    view: BlockView,
-    teacher: BlockView | None,
-    names: tuple[str, ...],
-    weights: WeightPlan,
-    plan: CompensationPlan,
-    shares: Shares,
-) -> Masks:
-    """Prunes modules that look at their inputs together."""
-    made = {name: accumulator(view, name, weights) for name in names if name != "out_proj" or teacher is None}
-    seen = {name: found for name, found in made.items() if found is not None}
-    if seen:
-        view.observe(seen)
-    masks = {}
-    for name in sorted(names, key=MODULES.index):
-        sums, start = seen[name].total if name in seen else None, None
-        if name == "out_proj" and teacher is not None:
-            pair = _aim(view, teacher)
-            start, sums = _solved(view, pair, plan), pair.total
-            if weights.rule == "wanda":
-                sums = sums.diagonal()
-        masks[view.parameter_name(f"{name}.weight")] = prune_module(
-            view, name, weights, sums, start, shares.get((view.index, name))
-        )
-    return masks
-
-
-def _aim(view: BlockView, teacher: BlockView) -> PairGram:
-    pair = PairGram(*module_weight(view, "out_proj").shape, view.stream.device)
-    view.observe_aim(teacher, pair)
-    return pair
-
-
-def _solved(view: BlockView, pair: PairGram, plan: CompensationPlan) -> Tensor:
-    """The weight of out_proj that comes nearest to the dense model's stream; what was pruned before stays zero."""
-    best = refit(module_weight(view, "out_proj"), pair.total, pair.cross, plan.ridge)
-    gone = view.gone("out_proj.weight")
-    return best if gone is None else polish(best.masked_fill(gone, 0), gone, best, pair.total.to(best.dtype), plan.ridge)
-
-
-def _short(view: BlockView, name: str) -> str:
-    """The name of a parameter within its mixer."""
-    return name.removeprefix(view.parameter_name(""))
+def _target(layer: Layer, dense: Layer) -> CrossGram:
+    rows, cols = layer.weight(layer.mixer.MODULES[-1]).shape
+    gram = CrossGram(rows, cols, layer.stream.device)
+    layer.observe_target(dense, gram)
+    return gram

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsessm.pruning.patterns import Columns, Pattern, choose
+from sparsessm.pruning.methods import TIME_PARAMETERS
+from sparsessm.pruning.patterns import Pattern
 
 # Rows of a batched selection that are held at once: bounds the temporary masks, not the result.
 _VOTE_ELEMENTS = 1 << 24
@@ -23,7 +25,7 @@ def _window(L: int, share: float) -> Tensor:
     return (torch.arange(L) < math.ceil(share * L)).double()
 
 
-# w_t before normalisation, for L steps and the parameter of the rule (SPEC: p, g, k).
+# w_t before normalisation, for L steps and the parameter of the rule (p, g or k).
 WEIGHTS: dict[str, Callable[[int, float], Tensor]] = {
     "sum": lambda L, _: torch.ones(L, dtype=torch.float64),
     "power": lambda L, p: torch.arange(1, L + 1, dtype=torch.float64).pow(-p),
@@ -31,15 +33,16 @@ WEIGHTS: dict[str, Callable[[int, float], Tensor]] = {
     "linear": lambda L, _: torch.arange(L, 0, -1, dtype=torch.float64),
     "window": _window,
 }
-AGGREGATES = ("vote", *WEIGHTS)
-
-# The parameter of each rule that has one, as released.
-DEFAULT_PARAMETERS = {"power": 1.0, "discount": 0.9, "window": 0.25}
-
 
 def time_weights(rule: str, L: int, parameter: float | None = None) -> Tensor:
-    """The weights of a rule over L time steps, (L,) float64, summing to 1."""
-    weights = WEIGHTS[rule](L, DEFAULT_PARAMETERS.get(rule, 0.0) if parameter is None else parameter)
+    """The weights of a rule over L time steps, (L,) float64, summing to 1.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    if rule not in WEIGHTS:
+        raise ValueError(f"unknown aggregate {rule!r}, known are vote, {', '.join(WEIGHTS)}")
+    weights = WEIGHTS[rule](L, TIME_PARAMETERS.get(rule, 0.0) if parameter is None else parameter)
     return weights / weights.sum()
 
 
@@ -52,11 +55,11 @@ class Aggregator:
         """gone: (D,N), entries that were pruned before: the pattern chooses them first at every step."""
         self.pattern, self.gone = pattern, gone
         self.weights = None if rule == "vote" else time_weights(rule, L, parameter)
-        self.total: Tensor | float = 0.0
+        self.total: Any = 0.0  # a tensor once something was added
 
     def update(self, scores: Tensor, start: int) -> None:
         """Adds the steps start, start+1, ... of a window."""
-        if isinstance(self.pattern, Columns) and self.gone is not None:
+        if self.pattern.removes and self.gone is not None:
             scores = scores.masked_fill(self.gone, 0)
         if self.weights is not None:
             weights = self.weights[start : start + scores.shape[0]].to(scores.device)
@@ -68,8 +71,12 @@ class Aggregator:
         for piece in scores.split(rows):
             # float32 is what a score is accurate to; in it equal scores are equal, and ties go by index
             gone = None if self.gone is None else self.gone.expand(piece.shape)
-            self.total = self.total - choose(self.pattern, piece.float(), gone).sum(0, dtype=torch.float32)
+            self.total = self.total - self.pattern.choose(piece.float(), gone).sum(0, dtype=torch.float32)
 
     def scores(self) -> Tensor:
         """(D,N): minus the number of votes to prune, or the weighted sum."""
         return self.total.float()
+
+    def mask(self) -> Tensor:
+        """(D,N): what the pattern makes of the scores; of whole columns, what is gone has been taken into account."""
+        return self.pattern.choose(self.scores(), None if self.pattern.removes else self.gone)

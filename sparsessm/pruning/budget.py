@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 # Sparsities at which the error of a part is measured.
 MEASURED_AT = (0.4, 0.6, 0.8)
 _STEP = 0.005
+
+Part = TypeVar("Part", bound=Hashable)
 
 
 def error_curve(errors: Sequence[float]) -> np.ndarray:
@@ -28,7 +31,7 @@ def error_curve(errors: Sequence[float]) -> np.ndarray:
     return curve
 
 
-def budget(parts: Mapping[Hashable, tuple[int, Sequence[float]]], sparsity: float) -> dict[Hashable, float]:
+def budget(parts: Mapping[Part, tuple[int, Sequence[float]]], sparsity: float) -> dict[Part, float]:
     """Sparsities of parts of (size, errors at MEASURED_AT) whose mean by size is `sparsity`.
 
     Each part gives between p/2 and (1+p)/2: errors measured one part at a time say little about a model in which one
@@ -53,6 +56,23 @@ def budget(parts: Mapping[Hashable, tuple[int, Sequence[float]]], sparsity: floa
         found[index] += step / size
         left -= step
     return dict(zip(parts, found, strict=True))
+
+
+def in_whole_entries(sizes: Mapping[Part, int], shares: Mapping[Part, float]) -> dict[Part, float]:
+    """Shares such that what is rounded in each part adds up to what all were to give, but for a thousandth of all.
+
+    Parts that have a handful of entries each miss it by far. Those whose rounding went farthest the wrong way then give one
+    entry more or less.
+    """
+    exact = {part: share * sizes[part] for part, share in shares.items()}
+    counts = {part: round(value) for part, value in exact.items()}
+    missing = round(sum(exact.values())) - sum(counts.values())
+    if abs(missing) <= sum(sizes.values()) / 1000:
+        return dict(shares)
+    sign = 1 if missing > 0 else -1
+    for part in sorted(exact, key=lambda part: sign * (counts[part] - exact[part]))[: abs(missing)]:
+        counts[part] += sign
+    return {part: shares[part] if counts[part] == round(exact[part]) else counts[part] / sizes[part] for part in shares}
 
 
 def _slope(curve: np.ndarray, a: int, b: int) -> float:

@@ -1,8 +1,27 @@
-"""The named methods. Each is data: what it does to A_log, and what to the weights of the linear and conv1d modules."""
+"""The named methods, each as data, and the names that a command line may say; imports nothing, so that --help is quick.
+
+What these tables do not know is refused. A new saliency is a function and a row in `saliency.SALIENCIES`, a new method a row
+here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+AGGREGATES = ("vote", "sum", "power", "discount", "linear", "window")
+# The parameter of each aggregate that has one, as released.
+TIME_PARAMETERS = {"power": 1.0, "discount": 0.9, "window": 0.25}
+SEARCHES = ("independent", "greedy", "exchange", "exact")
+STRUCTURES = ("entries", "columns", "heads")
+CONV_HESSIANS = ("tap", "channel")
+ALLOCATIONS = ("uniform", "sensitivity", "output")
+MODULE_ORDERS = ("parallel", "sequential")
+COMPENSATIONS = ("none", "out_proj")
+SHED_TARGETS = ("ssm", "mamba_block")
+
+# What a pruned entry of A_log is set to. zero: exp(-dt exp(30)) is 0 for every time step above 1e-11, in every runtime,
+# so the state has no transition. unit: A = -1.
+PRUNED_A_LOG = {"zero": 30.0, "unit": 0.0}
 
 
 @dataclass(frozen=True)
@@ -11,13 +30,13 @@ class Method:
 
     Attributes:
         saliency, aggregate: keys of SALIENCIES and AGGREGATES; both None where A_log is not scored.
-        obs_on_A_log: A_log is solved by OBS as a matrix (D,N) instead.
-        structure: "entries", or "columns" (whole states are removed). needs_n_of_m: prunen and prunem are required.
-        weights: rule for linear and conv1d weights, "magnitude", "wanda" or "obs"; None where the method has none.
-        search: one of SEARCHES, for a saliency that knows how entries interact.
-        polish: iterations after OBS. module_order, compensate: see compensation.CompensationPlan.
+        obs_on_A_log: A_log is solved by OBS as a matrix (rows,cols) instead.
+        structure: of STRUCTURES; all but "entries" are taken out whole. needs_n_of_m: prunen and prunem are required.
+        weights: of procedure.rules.RULES; None where the method has none.
+        search: of SEARCHES, for a saliency that knows how entries interact.
+        polish: iterations of refinement after OBS. module_order, compensate: see procedure.plan.CompensationPlan.
         allocation: "uniform", "sensitivity" (spread by alpha), "output" (by measured errors).
-        sheds: whole SSMs or blocks are removed greedily instead of all of the above (shed_target).
+        removes_parts: whole SSM branches or blocks are removed greedily instead of all of the above.
         about: one line for --help and the README.
     """
 
@@ -33,16 +52,14 @@ class Method:
     module_order: str = "parallel"
     compensate: str = "none"
     allocation: str = "uniform"
-    sheds: bool = False
+    removes_parts: bool = False
 
     @property
     def prunes_A_log(self) -> bool:
         return self.saliency is not None or self.obs_on_A_log
 
 
-STRUCTURES = ("entries", "columns")
-
-_OBS_EVERYWHERE = Method("SparseGPT: OBS on A_log (D,N) and on the weights", obs_on_A_log=True, weights="obs")
+_OBS_EVERYWHERE = Method("SparseGPT: OBS on A_log as a matrix and on the weights", obs_on_A_log=True, weights="obs")
 
 METHODS = {
     "magnitude": Method("smallest absolute values", "magnitude", "sum", weights="magnitude"),
@@ -52,12 +69,13 @@ METHODS = {
     "sparsessm_dev": Method(
         "Abar^2 h^2, power-law weights over time; OBS with sensitivities",
         "transition", "power", weights="obs", allocation="sensitivity",
-    ),  # fmt: skip
+    ),
     "ts_real": Method("A_log^2 h^2 summed over time (the paper's L2 ablation)", "a_log", "sum"),
     "ts_semi": Method("A_log^2 h^2, votes over time, N:M", "a_log", "vote", needs_n_of_m=True),
     "mag_semi": Method("smallest absolute values, N:M", "magnitude", "sum", needs_n_of_m=True),
     "structure_ts": Method("A_log^2 h^2, votes over time; removes whole states", "a_log", "vote", structure="columns"),
     "structure_mag": Method("smallest absolute values; removes whole states", "magnitude", "sum", structure="columns"),
+    "ghost": Method("(C h)^2 summed over time; removes whole states", "ghost", "sum", structure="columns"),
     "gpt_extend": _OBS_EVERYWHERE,
     "sparsegpt": _OBS_EVERYWHERE,
     "wanda": Method("abs(W) times the norm of its input, per output row", weights="wanda"),
@@ -65,6 +83,6 @@ METHODS = {
         "what the block's output loses, greedily; the rest makes up for it: OBS module by module, out_proj refitted",
         "output", "sum", search="greedy", weights="obs", polish=20, module_order="sequential", compensate="out_proj",
         allocation="output",
-    ),  # fmt: skip
-    "mamba-shedder": Method("whole SSMs or blocks, greedily by calibration perplexity", sheds=True),
-}
+    ),
+    "mamba-shedder": Method("whole SSM branches or blocks, greedily by calibration perplexity", removes_parts=True),
+}  # fmt: skip

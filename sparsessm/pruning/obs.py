@@ -14,12 +14,7 @@ from torch import Tensor
 
 from sparsessm.errors import SolverError
 from sparsessm.pruning.patterns import (
-    NofM,
     Pattern,
-    PerRow,
-    Unstructured,
-    choose,
-    spread_rest,
 )
 
 logger = logging.getLogger(__name__)
@@ -68,9 +63,9 @@ def prune_obs(
 
     Args:
         W: (rows,cols) or (G,rows,cols). H: (cols,cols) or (G,cols,cols), in the dtype to compute in.
-        pattern: Unstructured chooses in each block of columns, over all rows and all G, by w^2 / U_ii^2; NofM at the
+        pattern: chooses in each block of columns, over all rows and all G, by w^2 / U_ii^2; one with groups at the
             first column of each group, from the weights as updated by then.
-        blocksize: columns per block, a multiple of m for NofM. percdamp: see inverse_factor. name: for messages.
+        blocksize: columns per block, a multiple of the pattern's group. percdamp: see inverse_factor. name: for messages.
         gone: bool in the shape of W, entries that were pruned before: they are zero and stay it.
 
     Returns:
@@ -83,8 +78,9 @@ def prune_obs(
         W.masked_fill_(gone, 0)
     H = H.reshape(-1, *H.shape[-2:]).clone()
     cols = W.shape[-1]
-    if isinstance(pattern, NofM) and (cols % pattern.m or blocksize % pattern.m):
-        raise ValueError(f"{name}: {pattern.m} must divide {cols} columns and the block size {blocksize}")
+    m = pattern.group
+    if m and (cols % m or blocksize % m):
+        raise ValueError(f"{name}: {m} must divide {cols} columns and the block size {blocksize}")
 
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
@@ -99,16 +95,16 @@ def prune_obs(
         factor = U[:, start:stop, start:stop]
         pivots = factor.diagonal(dim1=-2, dim2=-1)[:, None, :]  # (G,1,columns of the block)
         before = None if gone is None else gone[..., start:stop]
-        if not isinstance(pattern, NofM):
+        if not m:
             scores = (block / pivots).square().flatten(0, 1)  # (G,rows,cols) -> (G*rows,cols)
             before = None if before is None else before.flatten(0, 1)
-            mask[..., start:stop] = choose(spread_rest(pattern, gone, before), scores, before).view(block.shape)
+            mask[..., start:stop] = pattern.spread_rest(gone, before).choose(scores, before).view(block.shape)
         for i in range(stop - start):
-            if isinstance(pattern, NofM) and i % pattern.m == 0:
-                group = slice(i, i + pattern.m)
+            if m and i % m == 0:
+                group = slice(i, i + m)
                 scores = (block[..., group] / pivots[..., group]).square()
-                mask[..., start + i : start + i + pattern.m] = choose(
-                    pattern, scores, None if before is None else before[..., group]
+                mask[..., start + i : start + i + m] = pattern.choose(
+                    scores, None if before is None else before[..., group]
                 )
             column = block[..., i]
             error = torch.where(mask[..., start + i], column, 0) / pivots[..., i]  # (w - q) / U_ii
@@ -120,7 +116,7 @@ def prune_obs(
     return W.reshape(shape), mask.reshape(shape)
 
 
-def polish(
+def refine(
     new: Tensor, mask: Tensor, W: Tensor, H: Tensor, percdamp: float = 0.01, iterations: int = 20
 ) -> Tensor:
     """The weights that stay, moved toward the optimum for the mask: argmin |(W - V) X|^2 over V that is zero in the mask.
@@ -138,33 +134,32 @@ def polish(
     V = new.to(H.dtype)
     residual = ((W.to(H.dtype) - V) @ H) * keep
     direction = residual / scale
-    energy = (residual * direction).sum(-1, keepdim=True)  # of each row
-    enough = energy * torch.finfo(H.dtype).eps ** 2  # what is left of it then is rounding, and no direction to go on in
+    rest = (residual * direction).sum(-1, keepdim=True)  # of each row
+    enough = rest * torch.finfo(H.dtype).eps ** 2  # what is left of it then is rounding, and no direction to go on in
     for _ in range(iterations):
         image = (direction @ H) * keep
-        step = energy / (direction * image).sum(-1, keepdim=True).clamp_min(torch.finfo(H.dtype).tiny)
-        step = torch.where(energy > enough, step, 0)
+        step = rest / (direction * image).sum(-1, keepdim=True).clamp_min(torch.finfo(H.dtype).tiny)
+        step = torch.where(rest > enough, step, 0)
         V = V + step * direction
         residual = residual - step * image
         ahead = residual / scale
-        before, energy = energy, (residual * ahead).sum(-1, keepdim=True)
-        direction = ahead + energy / before.clamp_min(torch.finfo(H.dtype).tiny) * direction
+        before, rest = rest, (residual * ahead).sum(-1, keepdim=True)
+        direction = ahead + rest / before.clamp_min(torch.finfo(H.dtype).tiny) * direction
     return V
 
 
 def prune_magnitude(W: Tensor, pattern: Pattern, gone: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sets the entries of W (rows,cols) with the smallest absolute values to zero (Han et al. 2015)."""
-    mask = choose(pattern, W.abs(), gone)
+    mask = pattern.choose(W.abs(), gone)
     return W.masked_fill(mask, 0), mask
 
 
 def prune_wanda(
-    W: Tensor, energy: Tensor, pattern: Pattern, gone: Tensor | None = None
+    W: Tensor, squared_norms: Tensor, pattern: Pattern, gone: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Wanda (Sun et al. 2023): scores abs(W) |X_j|, compared within each output row.
 
-    W: (rows,cols). energy: (cols,) or (rows,cols), sum of squares of each input, on any scale.
+    W: (rows,cols). squared_norms: (cols,) or (rows,cols), sum of squares of each input, on any scale.
     """
-    per_row = PerRow(pattern.sparsity) if isinstance(pattern, Unstructured) else pattern
-    mask = choose(per_row, W.abs() * energy.to(W.dtype).sqrt(), gone)
+    mask = pattern.per_row().choose(W.abs() * squared_norms.to(W.dtype).sqrt(), gone)
     return W.masked_fill(mask, 0), mask

@@ -1,14 +1,15 @@
 """Which entries a score condemns: the lowest, as each pattern asks. All take any number of leading dimensions.
 
-Ties break toward the lower flat index, on every device.
+A pattern answers for itself: how much goes, whether entries compete in groups, whether whole columns are taken out, whether
+parts of a model may have shares of their own. Ties break toward the lower flat index, on every device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,8 +17,6 @@ from torch import Tensor
 
 from sparsessm.errors import NumericalError
 from sparsessm.threads import for_each
-
-Pattern = Callable[[Tensor], Tensor]  # scores (...,rows,cols) -> bool mask of the same shape, True = pruned
 
 
 def lowest(scores: Tensor, k: int) -> Tensor:
@@ -42,40 +41,6 @@ def lowest(scores: Tensor, k: int) -> Tensor:
     return chosen
 
 
-def choose(pattern: Pattern, scores: Tensor, gone: Tensor | None = None) -> Tensor:
-    """The mask that a pattern asks for, in which all that was gone before stays: it counts, and is chosen first.
-
-    Of whole columns it is the price that what is gone adds nothing to.
-
-    gone: bool, in the shape of the scores.
-    """
-    if gone is None:
-        return pattern(scores)
-    if isinstance(pattern, Columns):
-        return pattern(scores.masked_fill(gone, 0))
-    return pattern(scores.masked_fill(gone, -math.inf)) | gone
-
-
-_P = TypeVar("_P")
-
-
-def spread_rest(pattern: _P, gone: Tensor | None, part: Tensor | None) -> _P:
-    """The pattern for a part of a matrix, so that the whole ends with the pattern's share although some is gone before.
-
-    What is still to go is spread evenly over what is still there. Only Unstructured has a share to adapt.
-
-    Args:
-        gone: of the whole matrix. part: of the part, a view into it.
-    """
-    if gone is None or part is None or not isinstance(pattern, Unstructured) or not part.numel():
-        return pattern
-    left = int((~gone).sum())
-    missing = max(0, round(pattern.sparsity * gone.numel()) - int(gone.sum()))
-    before = int(part.sum())
-    more = missing * (part.numel() - before) / left if left else 0
-    return replace(pattern, sparsity=min(1.0, (before + more) / part.numel()))
-
-
 def _kth_lowest(scores: Tensor, k: int) -> Tensor:
     """The k-th lowest of the last dimension, (...,1)."""
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
@@ -93,19 +58,80 @@ def _kth_lowest(scores: Tensor, k: int) -> Tensor:
     return scores.kthvalue(k, dim=-1, keepdim=True).values
 
 
+class Pattern(ABC):
+    """How much of a matrix goes, and by which rule.
+
+    Attributes:
+        sparsity: share of entries. group: entries compete within groups of so many consecutive columns, None for all.
+        removes: the structure that is taken out whole ("columns", "heads"), None where entries are pruned in place.
+        spreads: whether parts may have shares of their own.
+    """
+
+    sparsity: float
+    group: int | None = None
+    removes: str | None = None
+    spreads: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, scores: Tensor) -> Tensor:
+        """scores (...,rows,cols) -> bool mask of the same shape, True = pruned."""
+
+    def choose(self, scores: Tensor, gone: Tensor | None = None) -> Tensor:
+        """The mask in which all that was gone before stays: it counts, and is chosen first.
+
+        gone: bool, in the shape of the scores.
+        """
+        return self(scores) if gone is None else self(scores.masked_fill(gone, -math.inf)) | gone
+
+    def per_row(self) -> Pattern:
+        """The pattern with each row as a comparison group of its own (Wanda)."""
+        return self
+
+    def share(self, sparsity: float | None) -> Pattern:
+        """The pattern with another share, where parts may have one."""
+        return self
+
+    def within(self, groups: int, cols: int) -> Pattern:
+        """The pattern where columns fall into groups that must lose alike."""
+        return self
+
+    def spread_rest(self, gone: Tensor | None, part: Tensor | None) -> Pattern:
+        """The pattern for a part of a matrix, so that the whole ends with its share although some is gone before.
+
+        What is still to go is spread evenly over what is still there.
+
+        Args:
+            gone: of the whole matrix. part: of the part, a view into it.
+        """
+        if gone is None or part is None or not self.spreads or not part.numel():
+            return self
+        left = int((~gone).sum())
+        missing = max(0, round(self.sparsity * gone.numel()) - int(gone.sum()))
+        before = int(part.sum())
+        more = missing * (part.numel() - before) / left if left else 0
+        return self.share(min(1.0, (before + more) / part.numel()))
+
+
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Pattern):
     """The round(sparsity * rows * cols) lowest of the whole matrix."""
 
     sparsity: float
+    spreads: ClassVar[bool] = True
 
     def __call__(self, scores: Tensor) -> Tensor:
         rows, cols = scores.shape[-2:]
         return lowest(scores.flatten(-2), round(self.sparsity * rows * cols)).unflatten(-1, (rows, cols))
 
+    def per_row(self) -> Pattern:
+        return PerRow(self.sparsity)
+
+    def share(self, sparsity: float | None) -> Pattern:
+        return self if sparsity is None else Unstructured(sparsity)
+
 
 @dataclass(frozen=True)
-class PerRow:
+class PerRow(Pattern):
     """The round(sparsity * cols) lowest of each row (Wanda's comparison group)."""
 
     sparsity: float
@@ -115,11 +141,19 @@ class PerRow:
 
 
 @dataclass(frozen=True)
-class NofM:
+class NofM(Pattern):
     """The n lowest in every group of m consecutive columns of a row (SparseGPT's prunen, prunem)."""
 
     n: int
     m: int
+
+    @property
+    def sparsity(self) -> float:  # type: ignore[override]  # nobody writes it
+        return self.n / self.m
+
+    @property
+    def group(self) -> int:  # type: ignore[override]  # the same
+        return self.m
 
     def __call__(self, scores: Tensor) -> Tensor:
         if scores.shape[-1] % self.m:
@@ -128,11 +162,19 @@ class NofM:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The round(sparsity * cols) columns with the lowest sum over the rows, whole."""
+class Columns(Pattern):
+    """The round(sparsity * cols) columns with the lowest sum over the rows, whole: states, or heads."""
 
     sparsity: float
+    removes: str = "columns"
 
     def __call__(self, scores: Tensor) -> Tensor:
-        rows, cols = scores.shape[-2:]
+        cols = scores.shape[-1]
         return lowest(scores.sum(-2), round(self.sparsity * cols)).unsqueeze(-2).expand(scores.shape)
+
+    def within(self, groups: int, cols: int) -> Pattern:
+        return self if groups == 1 else NofM(round(self.sparsity * cols) // groups, cols // groups)
+
+    def choose(self, scores: Tensor, gone: Tensor | None = None) -> Tensor:
+        """What is gone adds nothing to the price of a column."""
+        return self(scores if gone is None else scores.masked_fill(gone, 0))

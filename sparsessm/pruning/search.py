@@ -1,7 +1,7 @@
 """Which entries of A_log to prune when entries interact: sets chosen by what a channel's output loses together.
 
 G (D,N,N) is, per channel, the sum of e e^T over samples and steps, where e (N,) is what the gated output loses with each
-state pruned alone (`ScanMoments.gram`). A set S of a channel costs 1^T G_SS 1: the squared error that the channel makes
+state pruned alone (`ScanStatistics.gram`). A set S of a channel costs 1^T G_SS 1: the squared error that the channel makes
 at the block's output. The diagonal alone is a saliency; the rest tells which errors cancel.
 """
 
@@ -13,9 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from sparsessm.pruning.patterns import Columns, NofM, Pattern, Unstructured
-
-SEARCHES = ("independent", "greedy", "exchange", "exact")
+from sparsessm.pruning.methods import SEARCHES
+from sparsessm.pruning.patterns import Columns, Pattern
 
 # Sets that are tried one by one where whole columns are chosen: those of 8 among 16 states are 12,870.
 _MOST_SETS = 200_000
@@ -44,18 +43,15 @@ def select(G: Tensor, pattern: Pattern, search: str = "greedy", gone: Tensor | N
     if search not in SEARCHES:
         raise ValueError(f"unknown search {search!r}, known are {', '.join(SEARCHES)}")
     G = G.double()
-    if gone is not None and not isinstance(pattern, Columns):
+    if gone is not None and not pattern.removes:
         return _select_rest(G, pattern, search, gone)
     if search == "independent":
         return pattern(G.diagonal(dim1=-2, dim2=-1))
-    if isinstance(pattern, Columns):
+    if pattern.removes:
         return _columns(G.sum(0), round(pattern.sparsity * G.shape[-1]), search).expand(G.shape[:2])
     if search == "exact" and G.shape[-1] <= _MOST_STATES:
         return _exact(G, pattern)
-    if isinstance(pattern, NofM):
-        mask = _greedy_groups(G, pattern)
-    else:
-        mask = _greedy(G, pattern)
+    mask = _greedy_groups(G, pattern) if pattern.group else _greedy(G, pattern)
     return mask if search == "greedy" else _exchanged(G, mask, pattern)
 
 
@@ -82,25 +78,27 @@ def marginal_costs(G: Tensor) -> tuple[Tensor, Tensor]:
     return order, steps
 
 
-def _greedy(G: Tensor, pattern: Unstructured) -> Tensor:
+def _greedy(G: Tensor, pattern: Pattern) -> Tensor:
     """Greedy over all channels at once.
 
     Choosing in one channel changes nothing in another, so the channels' own orders are merged: an entry is on offer once
     those before it are taken, which is when the running maximum of its channel's steps is reached.
     """
     order, steps = marginal_costs(G)
-    taken = Unstructured(pattern.sparsity)(steps.cummax(-1).values)  # of equals the earlier in its channel comes first
+    taken = pattern(steps.cummax(-1).values)  # of equals the earlier in its channel comes first
     return torch.zeros_like(taken).scatter_(-1, order, taken)
 
 
-def _greedy_groups(G: Tensor, pattern: NofM) -> Tensor:
-    """Greedy in each channel; a group of m states that has its n is closed."""
+def _greedy_groups(G: Tensor, pattern: Pattern) -> Tensor:
+    """Greedy in each channel; a group that has its share is closed."""
     D, N = G.shape[:2]
     cost, mask = G.diagonal(dim1=-2, dim2=-1).clone(), torch.zeros(D, N, dtype=torch.bool, device=G.device)
     rows = torch.arange(D, device=G.device)
-    for _ in range(N // pattern.m * pattern.n):
-        full = mask.unflatten(-1, (-1, pattern.m)).sum(-1) >= pattern.n
-        closed = full.repeat_interleave(pattern.m, dim=-1) | mask
+    m = pattern.group or N
+    n = round(pattern.sparsity * m)
+    for _ in range(N // m * n):
+        full = mask.unflatten(-1, (-1, m)).sum(-1) >= n
+        closed = full.repeat_interleave(m, dim=-1) | mask
         best = cost.masked_fill(closed, math.inf).argmin(-1)
         mask[rows, best] = True
         cost += 2 * G[rows, best]
@@ -115,18 +113,18 @@ def _columns(G: Tensor, k: int, search: str) -> Tensor:
         masks = torch.zeros(len(sets), N, dtype=torch.bool, device=G.device).scatter_(-1, sets, True)
         chosen = masks.to(G.dtype)
         return masks[((chosen @ G) * chosen).sum(-1).argmin()][None]
-    order, steps = marginal_costs(G[None])
+    order, _ = marginal_costs(G[None])
     mask = torch.zeros(1, N, dtype=torch.bool, device=G.device)
     mask[0, order[0, :k]] = True
     return mask if search == "greedy" else _exchanged(G[None], mask, Columns(k / N))
 
 
-def _exact(G: Tensor, pattern: Unstructured | NofM) -> Tensor:
+def _exact(G: Tensor, pattern: Pattern) -> Tensor:
     """The best set of each size in every channel, and the sizes that cost least together."""
     D, N = G.shape[:2]
     bits = torch.arange(1 << N, device=G.device)[:, None] >> torch.arange(N, device=G.device) & 1  # (2^N,N)
-    if isinstance(pattern, NofM):
-        allowed = (bits.unflatten(-1, (-1, pattern.m)).sum(-1) == pattern.n).all(-1)
+    if pattern.group:
+        allowed = (bits.unflatten(-1, (-1, pattern.group)).sum(-1) == round(pattern.sparsity * pattern.group)).all(-1)
         classes = [allowed.nonzero().flatten()]
     else:
         sizes = bits.sum(-1)
@@ -136,10 +134,10 @@ def _exact(G: Tensor, pattern: Unstructured | NofM) -> Tensor:
         costs = _all_costs(part)  # (d,2^N)
         found = [costs[:, some].min(-1) for some in classes]
         best.append(torch.stack([value for value, _ in found], -1))
-        where.append(torch.stack([some[at] for some, (_, at) in zip(classes, found)], -1))
+        where.append(torch.stack([some[at] for some, (_, at) in zip(classes, found, strict=True)], -1))
     cost, chosen = torch.cat(best), torch.cat(where)  # (D,classes)
     size = torch.zeros(D, dtype=torch.int64, device=G.device)
-    if not isinstance(pattern, NofM):
+    if not pattern.group:
         size = _sizes(cost, round(pattern.sparsity * D * N))
     return bits[chosen.gather(-1, size[:, None]).squeeze(-1)].bool()
 
@@ -171,7 +169,7 @@ def _sizes(cost: Tensor, total: int) -> Tensor:
             ):
                 hull.pop()
             hull.append(k)
-        steps += [((row[b] - row[a]) / (b - a), d, b) for a, b in zip(hull, hull[1:])]
+        steps += [((row[b] - row[a]) / (b - a), d, b) for a, b in itertools.pairwise(hull)]
     left = total
     for _, d, k in sorted(steps):
         if k - size[d] > left:
@@ -187,12 +185,12 @@ def _sizes(cost: Tensor, total: int) -> Tensor:
 
 
 def _exchanged(G: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
-    """Swaps inside channels, and for Unstructured between channels, while they lower the cost; the mask is changed."""
+    """Swaps inside channels, and between them unless entries compete in groups, while the cost falls; changes the mask."""
     D, N = mask.shape
     rows = torch.arange(D, device=G.device)
     same_group = torch.ones(N, N, dtype=torch.bool, device=G.device)
-    if isinstance(pattern, NofM):
-        group = torch.arange(N, device=G.device) // pattern.m
+    if pattern.group:
+        group = torch.arange(N, device=G.device) // pattern.group
         same_group = group[:, None] == group
     for _ in range(_ROUNDS):
         before = mask.clone()
@@ -203,7 +201,7 @@ def _exchanged(G: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
         gains = best < -1e-12 * leave.masked_fill(~mask, 0).abs().amax(-1).clamp_min(1e-300)
         mask[rows[gains], where[gains] // N] = False
         mask[rows[gains], where[gains] % N] = True
-        if isinstance(pattern, Unstructured):
+        if not pattern.group and not pattern.removes:
             _swap_between(G, mask)
         if torch.equal(mask, before):
             break
@@ -224,7 +222,7 @@ def _swap_between(G: Tensor, mask: Tensor) -> None:
     spent, into = join.masked_fill(mask, math.inf).min(-1)
     dear, cheap = saved.argsort(descending=True, stable=True), spent.argsort(stable=True)
     used = torch.zeros(len(mask), dtype=torch.bool)
-    for d, c in zip(dear.tolist(), cheap.tolist()):
+    for d, c in zip(dear.tolist(), cheap.tolist(), strict=True):
         if not saved[d] > spent[c]:
             break
         if d != c and not used[d] and not used[c]:  # a channel's costs hold for one change of it

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-# The modules that are ranked among their own kind over all layers; all others get the uniform sparsity.
-GROUPS = ("in_proj", "out_proj")
-
 _MOST_MOVED = 24
 
 
@@ -34,9 +31,9 @@ def spread(scores: Sequence[float], sparsity: float, alpha: float) -> list[float
 
 
 def sparsities(scores: Mapping[tuple[int, str], float], sparsity: float, alpha: float) -> dict[tuple[int, str], float]:
-    """Sparsity of each (layer, module) that was scored, group by group; see `spread`."""
-    result = {}
-    for group in GROUPS:
+    """Sparsity of each (layer, module) that was scored; modules of one name are ranked among themselves, see `spread`."""
+    result: dict[tuple[int, str], float] = {}
+    for group in sorted({name for _, name in scores}):
         keys = sorted(key for key in scores if key[1] == group)
-        result.update(zip(keys, spread([scores[key] for key in keys], sparsity, alpha)))
+        result.update(zip(keys, spread([scores[key] for key in keys], sparsity, alpha), strict=True))
     return result

@@ -6,11 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from sparsessm.pruning.aggregation import AGGREGATES, time_weights
+from sparsessm.pruning.aggregation import time_weights
+from sparsessm.pruning.methods import AGGREGATES
 from sparsessm.report.palette import Style, method_style, plain_style
 from sparsessm.report.results import Record
 from sparsessm.report.wording import (
@@ -42,8 +44,6 @@ _NO_VARIANT_PREFIXES = ("eval_", "save", "log_", "zero_shot_")
 _OF_WEIGHTS = frozenset(("alpha", "target_modules", "module", "conv_hessian"))
 
 _PARAMETER_LETTERS = {"power": "p", "discount": "g", "window": "k"}
-
-_MODULE_ORDER = ("A_log", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def perplexity_charts(records: Sequence[Record]) -> list[LineChart]:
     models = short_names(record.model for record in records)
     sets = short_names(name for record in records for name in record.perplexity)
     dense: dict[Hashable, float] = {}
-    groups: dict[tuple, list[tuple[Record, float]]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[tuple[Record, float, float]]] = defaultdict(list)
     for record in records:
         for name, value in record.metrics["dense_perplexity"].items():
             if math.isfinite(value):
@@ -139,13 +139,13 @@ def perplexity_charts(records: Sequence[Record]) -> list[LineChart]:
             if not record.options["method"]:
                 dense[record.model, name, protocol(record)] = value
             elif record.sparsity is not None:
-                groups[record.model, name, protocol(record), record.parts].append((record, value))
+                groups[record.model, name, protocol(record), record.parts].append((record, record.sparsity, value))
     charts = []
     for (model, name, how, parts), found in sorted(groups.items(), key=lambda group: len(group[0][3])):
         what = " + ".join(parts) or "other"
-        points = [(r, r.sparsity, v, f"{run_label(r)}: {perplexity_text(v)} ({r.name})") for r, v in found]
+        points = [(r, p, v, f"{run_label(r)}: {perplexity_text(v)} ({r.name})") for r, p, v in found]
         level = dense.get((model, name, how))
-        values = [value for _, value in found] + ([] if level is None else [level])
+        values = [value for *_, value in found] + ([] if level is None else [level])
         charts.append(LineChart(
             key=slug(f"perplexity {models[model]} {sets[name]} {what} {how}"),
             title=f"{models[model]} on {sets[name]}: {what} pruned", note=how,
@@ -158,9 +158,9 @@ def perplexity_charts(records: Sequence[Record]) -> list[LineChart]:
 def state_charts(records: Sequence[Record]) -> list[LineChart]:
     """Pruned share of A_log by state index, over all layers and channels: a chart for each model and sparsity."""
     models = short_names(record.model for record in records)
-    groups: dict[tuple, list[tuple[Record, list[float]]]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[tuple[Record, list[float]]]] = defaultdict(list)
     for record in records:
-        shares = [] if record.sheds else [mask.double().mean(0) for mask in record.masks().values()]
+        shares = [] if record.removes_parts else [mask.double().mean(0) for mask in record.masks().values()]
         if shares and record.sparsity is not None and len({len(share) for share in shares}) == 1:
             groups[record.model, record.sparsity].append((record, torch.stack(shares).mean(0).tolist()))
     charts = []
@@ -182,7 +182,7 @@ def state_charts(records: Sequence[Record]) -> list[LineChart]:
 def sensitivity_charts(records: Sequence[Record]) -> list[LineChart]:
     """Sensitivity by layer, a line for each module; runs that found the same share a chart."""
     models = short_names(record.model for record in records)
-    groups: dict[tuple, list[Record]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in records:
         values = {module: tuple(sorted(found.items())) for module, found in record.sensitivities.items()}
         if values:
@@ -191,11 +191,11 @@ def sensitivity_charts(records: Sequence[Record]) -> list[LineChart]:
     for number, ((model, modules), found) in enumerate(groups.items(), 1):
         series = []
         for index, (module, values) in enumerate(modules):
-            values = [(layer, s) for layer, s in values if s > 0 and math.isfinite(s)]
-            points = tuple((layer, s, f"layer {layer}, {module}: {number_text(s)}") for layer, s in values)
-            series.append(Series(module, plain_style(index), points, tuple(values)))
+            line = tuple((layer, s) for layer, s in values if s > 0 and math.isfinite(s))
+            points = tuple((layer, s, f"layer {layer}, {module}: {number_text(s)}") for layer, s in line)
+            series.append(Series(module, plain_style(index), points, line))
         others = f" and {plural(len(found) - 1, 'run')} more" if len(found) > 1 else ""
-        every = [s for line in series for _, s, _ in line.points]
+        every = [s for one in series for _, s, _ in one.points]
         charts.append(LineChart(
             key=slug(f"sensitivity {models[model]} {number}"), title=f"{models[model]}: {run_label(found[0])}{others}",
             note=", ".join(record.name for record in found), x=Axis("layer", "index"),
@@ -206,7 +206,7 @@ def sensitivity_charts(records: Sequence[Record]) -> list[LineChart]:
 
 def weight_charts(records: Sequence[Record]) -> list[LineChart]:
     """The weights over time of the aggregations that the runs used: a chart for each length of a window."""
-    groups: dict[int, dict[tuple, set[str]]] = defaultdict(lambda: defaultdict(set))
+    groups: dict[int, dict[tuple[Any, ...], set[str]]] = defaultdict(lambda: defaultdict(set))
     for record in records:
         if record.aggregation and record.aggregation[0] in AGGREGATES and record.options.get("seqlen", 0) > 1:
             groups[record.options["seqlen"]][record.aggregation].add(record.method)
@@ -243,8 +243,7 @@ def share_map(record: Record) -> HeatMap | str | None:
     if not shares:
         return None
     layers = sorted({layer for layer, _ in shares})
-    named = {module for _, module in shares}
-    modules = [*(m for m in _MODULE_ORDER if m in named), *sorted(named - set(_MODULE_ORDER))]
+    modules = list(dict.fromkeys(module for _, module in shares))  # in the order in which they were pruned
     if max(shares.values()) - min(shares.values()) < _SAME_SHARE:
         mean = sum(shares.values()) / len(shares)
         return f"{percent_text(mean)} of {', '.join(modules)} in {_layer_words(layers)}"
@@ -257,7 +256,7 @@ def share_map(record: Record) -> HeatMap | str | None:
 
 def state_map(record: Record) -> HeatMap | None:
     """Pruned share of A_log by layer and state index; whatever there is more of goes across."""
-    if record.sheds or not record.layers_with_masks:
+    if record.removes_parts or not record.layers_with_masks:
         return None
     shares = {layer: mask.double().mean(0).tolist() for layer, mask in record.masks().items()}
     layers, states = tuple(shares), range(max(map(len, shares.values())))
@@ -273,7 +272,7 @@ def state_map(record: Record) -> HeatMap | None:
 
 def mask_map(record: Record) -> MaskMap | None:
     """The masks of A_log themselves."""
-    if record.sheds or not record.layers_with_masks:
+    if record.removes_parts or not record.layers_with_masks:
         return None
     masks = record.masks()
     channels = max(len(mask) for mask in masks.values())
@@ -301,14 +300,14 @@ def _method_series(
     points: Sequence[tuple[Record, float, float, str]], ignored: frozenset[str] = frozenset()
 ) -> tuple[Series, ...]:
     """(run, x, y, note) as a series for each method, and for each set of options in which its runs differ."""
-    by_method: dict[str, list] = defaultdict(list)
+    by_method: dict[str, list[Any]] = defaultdict(list)
     for point in points:
         by_method[point[0].method].append(point)
     series = []
     for method, mine in by_method.items():
         runs = {point[0].name: point[0] for point in mine}
         differing = [name for name in _differing([record.options for record in runs.values()]) if name not in ignored]
-        variants: dict[str, list] = defaultdict(list)
+        variants: dict[str, list[Any]] = defaultdict(list)
         for record, x, y, note in mine:
             words = [record.pattern] if record.options.get("prunem") else []
             words += [_option_words(name, record.options.get(name)) for name in differing]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ _MARKERS = dict(zip(MARKERS, "osD^vpXh", strict=True))
 _INK, _MUTED, _RULE = "#1d2126", "#586270", "#dddcd6"
 _POINTS = 0.75  # of a pixel of the page
 _NO_STAMP = {"png": {"Software": None}, "pdf": {"CreationDate": None}}  # the same runs give the same bytes
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif", "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "axes.titlelocation": "left",
     "axes.edgecolor": _MUTED, "axes.labelcolor": _MUTED, "axes.linewidth": 0.7, "axes.spines.top": False,
     "axes.spines.right": False, "axes.axisbelow": True, "grid.color": _RULE, "grid.linewidth": 0.6, "text.color": _INK,
@@ -79,8 +80,8 @@ def _pictures(records: Sequence[Record]) -> Iterator[tuple[str, LineChart | Heat
         yield from ((kind, chart) for chart in make(records))
     maps = {"shares": figures.share_map, "state_shares": figures.state_map, "masks": figures.mask_map}
     for record in records:
-        for kind, make in maps.items():
-            picture = make(record)
+        for kind, show in maps.items():
+            picture = show(record)
             if isinstance(picture, (HeatMap, MaskMap)):
                 yield kind, picture
 
@@ -89,14 +90,14 @@ def _write(picture: LineChart | HeatMap | MaskMap, files: Sequence[Path]) -> Non
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    draw = {LineChart: _line_chart, HeatMap: _heat_map, MaskMap: _mask_map}[type(picture)]
+    draws: dict[type, Callable[[Figure, Any], None]] = {LineChart: _line_chart, HeatMap: _heat_map, MaskMap: _mask_map}
     with rc_context(_STYLE):  # some of it is read only when a figure is written
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")  # not pyplot's, whose list of open figures would grow
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
-        draw(figure, picture)
+        figure = Figure(figsize=(4.6, 2.9))  # not pyplot's, whose list of open figures would grow
+        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
+        draws[type(picture)](figure, picture)
         for file in files:
             kind = file.suffix[1:]
-            write_whole(file, lambda partial, kind=kind: figure.savefig(partial, format=kind, metadata=_NO_STAMP[kind]))
+            write_whole(file, partial(figure.savefig, format=kind, metadata=_NO_STAMP[kind]))
 
 
 def _line_chart(figure: Figure, chart: LineChart) -> None:
@@ -116,8 +117,8 @@ def _line_chart(figure: Figure, chart: LineChart) -> None:
     _set_axis(axes.xaxis, axes.set_xscale, axes.set_xlabel, chart.x)
     _set_axis(axes.yaxis, axes.set_yscale, axes.set_ylabel, chart.y)
     figure.set_figwidth(4.0 + 0.065 * max(len(label) for _, label in handles))
-    handles, labels = zip(*((handle, f" {label}") for handle, label in handles), strict=True)  # with no space "_x" is hidden
-    figure.legend(handles, labels, loc="outside right upper")
+    shown, labels = zip(*((handle, f" {label}") for handle, label in handles), strict=True)  # with no space "_x" is hidden
+    figure.legend(shown, labels, loc="outside right upper")
 
 
 def _look(style: Style) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import hashlib
 import html
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -112,7 +112,7 @@ def _colours() -> str:
     )  # fmt: skip
 
 
-def _header(runs: Runs, title: str, sections: Sequence[str]) -> str:
+def _header(runs: Runs, title: str, sections: Collection[str]) -> str:
     records = runs.finished
     counted = {
         "finished run": len(records),
@@ -201,7 +201,7 @@ def _perplexity(records: Sequence[Record]) -> str:
 def _run_cards(records: Sequence[Record], links: Sequence[str]) -> str:
     sets = short_names(name for record in records for name in record.perplexity)
     models = short_names(record.model for record in records)
-    open_one = next((record for record in records if record.layers_with_masks and not record.sheds), None)
+    open_one = next((record for record in records if record.layers_with_masks and not record.removes_parts), None)
     cards = [
         _run_card(number, record, link, models[record.model], sets, record is open_one)
         for number, (record, link) in enumerate(zip(records, links, strict=True), 1)

@@ -113,7 +113,8 @@ def _table(name: str, caption: str, columns: Sequence[Column], records: Sequence
         rows.append(f'<tr data-model="{html.escape(record.model)}" data-method="{html.escape(record.method)}">{cells}</tr>')
     return (
         f'<div class="box" role="region" aria-labelledby="{name}" tabindex="0"><table class="sortable">'
-        f'<caption id="{name}">{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<caption id="{name}">{caption}</caption><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 

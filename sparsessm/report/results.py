@@ -15,20 +15,20 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsessm.errors import InputError, first_line
 from sparsessm.options import PLACES, Options
-from sparsessm.pruning.aggregation import DEFAULT_PARAMETERS
-from sparsessm.pruning.methods import METHODS
+from sparsessm.pruning.methods import METHODS, TIME_PARAMETERS
 from sparsessm.pruning.saliency import SALIENCIES
 
 MASKS = "masks.safetensors"
 
-_PARAMETER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:mixer\.)?(.+?)(?:\.weight)?$")
+# Layer, and what it is called in it without the name of the mixer.
+_PARAMETER = re.compile(r"(?:^|\.)[a-z]+\.(\d+)\.(?:\w+\.(?!weight$))?(.+?)(?:\.weight)?$")
 _PATTERNS = {"entries": "unstructured", "columns": "structured"}
 _TIME_OPTIONS = {"power": "time_power", "discount": "time_discount", "window": "time_window"}
 
@@ -84,17 +84,17 @@ class Record:
             return None
         if self.options.get("prunem"):
             return f"{self.options.get('prunen')}:{self.options['prunem']}"
-        if self.sheds:
+        if self.removes_parts:
             return "whole blocks" if self.options.get("prune_layers") else "whole SSMs"
         method = METHODS.get(self.options["method"])
         structure = self.options.get("structure") or (method.structure if method else "entries")
         return _PATTERNS.get(structure, structure) if self.options.get("prune_A") else "unstructured"
 
     @property
-    def sheds(self) -> bool:
+    def removes_parts(self) -> bool:
         """Whether whole layers or their SSMs went, so that there is no choice of entries to look at."""
         method = METHODS.get(self.options["method"])
-        return method is not None and method.sheds
+        return method is not None and method.removes_parts
 
     @property
     def perplexity(self) -> dict[str, float]:
@@ -159,11 +159,11 @@ class Record:
         method = METHODS.get(self.options["method"])
         if method is None or not self.options.get("prune_A") or method.obs_on_A_log:
             return None
-        saliency = SALIENCIES.get(self.options.get("saliency") or method.saliency)
-        if saliency is None or saliency.interacts or not saliency.needs:
-            return None
+        saliency = SALIENCIES.get(self.options.get("saliency") or method.saliency or "")
         rule = self.options.get("aggregate") or method.aggregate
-        return rule, self.options.get(_TIME_OPTIONS.get(rule, ""), DEFAULT_PARAMETERS.get(rule))
+        if saliency is None or saliency.interacts or not saliency.needs or rule is None:
+            return None
+        return rule, self.options.get(_TIME_OPTIONS.get(rule, ""), TIME_PARAMETERS.get(rule))
 
     @property
     def command(self) -> str:
@@ -264,7 +264,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or _is_whole(value)
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
 
 
@@ -323,7 +323,7 @@ def _read_mask_names(path: Path) -> dict[int, str]:
     found = {}
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118  (the file itself cannot be gone through)
                 place, view = _PARAMETER.search(name), file.get_slice(name)
                 shape = view.get_shape()
                 if place and place[2] == "A_log" and view.get_dtype() == "BOOL" and len(shape) == 2 and all(shape):

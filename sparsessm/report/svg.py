@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +56,8 @@ def text(x: float, y: float, words: str, kind: str = "", anchor: str | None = No
 def swatch(style: Style) -> str:
     """A short piece of a line with its marker, to stand beside a name."""
     line = tag("path", d="M1 7H27", class_="line", stroke_dasharray=_dash(style))
-    return tag("svg", line + _marker(14, 7, style), class_=f"swatch c{style.colour}", viewBox="0 0 28 14", aria_hidden="true")
+    line += _marker(14, 7, style)
+    return tag("svg", line, class_=f"swatch c{style.colour}", viewBox="0 0 28 14", aria_hidden="true")
 
 
 def line_chart(chart: LineChart) -> str:
@@ -223,7 +226,8 @@ def _names_beside(
     ends: Sequence[tuple[float, float, Style | None, str]], right: float, top: float, bottom: float
 ) -> list[str]:
     """Names to the right of the plot, as near to the ends of their lines as they may stand."""
-    placed, free = [], top + 4.0
+    placed: list[list[Any]] = []
+    free = top + 4.0
     for _, y, style, name in sorted(ends, key=lambda end: end[1]):
         free = max(y, free)
         placed.append([free, y, style, name])
@@ -295,7 +299,7 @@ def _scale(
 
 def _apart(values: Sequence[float]) -> bool:
     """Whether neighbours of these sorted values leave room for their names."""
-    return all(b - a > 0.14 * (values[-1] - values[0]) for a, b in zip(values, values[1:]))
+    return all(b - a > 0.14 * (values[-1] - values[0]) for a, b in itertools.pairwise(values))
 
 
 def _tick(value: float, axis: Axis) -> str:

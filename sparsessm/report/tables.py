@@ -31,4 +31,5 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
     lines = [names, *([cells.get(name, "-") for name in names] for cells in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in ruled)
+    cells = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in ruled]
+    return "\n".join("  ".join(line).rstrip() for line in cells)

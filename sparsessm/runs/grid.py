@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from sparsessm import options
-from sparsessm.calibration.text import DATASETS
+from sparsessm.corpora.names import DATASETS
 from sparsessm.errors import InputError
 from sparsessm.options import Options
 
@@ -182,7 +182,7 @@ class _Child:
 
     cell: Cell
     resumed: bool
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     lock: BinaryIO
     console: Path
 

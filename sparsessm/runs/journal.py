@@ -42,14 +42,16 @@ class Journal:
         self.writes = writes and folder is not None
         if self.folder and self.folder.is_symlink():
             raise InputError(f"{self.folder} is a link: remove it, or start the run anew")
-        if self.writes:
+        if self.folder and self.writes:
             with storing(str(self.folder), "choose --base_dir elsewhere"):
                 self.folder.mkdir(exist_ok=True)
         self.found = set()
         if self.folder and self.folder.is_dir():
             self.found = {path.name for path in self.folder.iterdir() if path.is_file() and not path.is_symlink()}
 
-    def load(self, phase: str, layer: int, values: Shapes, masks: Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    def load(
+        self, phase: str, layer: int, values: Shapes, masks: Shapes
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """(values, masks) of a finished layer, by parameter name; None if it is still to be done.
 
         Args:
@@ -62,7 +64,7 @@ class Journal:
         if name not in self.found:
             return None
         try:
-            tensors = load_file(self.folder / name)
+            tensors = load_file(self._file(name))
         except (SafetensorError, OSError, ValueError) as error:
             raise self._refusal(name, first_line(error)) from None
         expected = {key: tuple(shape) for key, shape in values.items()}
@@ -99,7 +101,7 @@ class Journal:
         if file not in self.found:
             return None
         try:
-            figures = json.loads((self.folder / file).read_text(encoding="utf-8"), parse_constant=_no_constant)
+            figures = json.loads(self._file(file).read_text(encoding="utf-8"), parse_constant=_no_constant)
             if check(figures):
                 return figures
             reason = "it holds other figures than a run writes"
@@ -122,27 +124,33 @@ class Journal:
         if before is not None and before != now:
             which = ""
             if isinstance(before, dict) and isinstance(now, dict):
-                which = f" ({', '.join(sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)))})"
+                names = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+                which = f" ({', '.join(names)})"
             raise InputError(f"--resume: {what} changed since the run was interrupted{which}; start it anew")
         if before is None:
             self.store_figures(name, figures)
 
     def close(self) -> None:
         """Removes the journal of a run that has ended."""
-        if self.writes:
+        if self.folder and self.writes:
             remove_journal(self.folder.parent)
+
+    def _file(self, name: str) -> Path:
+        assert self.folder is not None  # without one there is nothing to read or write
+        return self.folder / name
 
     def _refusal(self, name: str, reason: str) -> InputError:
         return InputError(
-            f"--resume: {self.folder / name} is damaged or was edited ({reason}): remove that file to have the step done "
+            f"--resume: {self._file(name)} is damaged or was edited ({reason}): remove that file to have the step done "
             "again, or start the run anew"
         )
 
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:
         if not self.writes:
             return
-        with storing(str(self.folder / name), "make room"):
-            write_whole(self.folder / name, write, follow=False)
+        file = self._file(name)
+        with storing(str(file), "make room"):
+            write_whole(file, write, follow=False)
 
 
 def remove_journal(run: Path) -> None:

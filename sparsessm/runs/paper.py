@@ -2,7 +2,7 @@
 
 scripts/paper/NAME.json describes a table: its title and source, its models and text, and its rows, each the flags of a
 run. `vary` crosses every row that prunes with lists of values. Published figures are not in it: `published` names the
-table in data/paper_tables.json, where a row is found by model and name, or by what `published_rows` says.
+table in metrics/paper_tables.json, where a row is found by model and name, or by what `published_rows` says.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsessm.calibration.text import DATASETS
+from sparsessm.corpora.names import DATASETS
 from sparsessm.errors import InputError
-from sparsessm.evaluation.published import SEQLEN, TABLES
-from sparsessm.evaluation.zero_shot import TASKS
+from sparsessm.metrics.published import SEQLEN, TABLES
+from sparsessm.metrics.tasks import TASKS
 from sparsessm.options import Options
 from sparsessm.runs.grid import Cell, finished, settled_dataset, settled_model
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "scripts" / "paper"
 MODELS = {size: f"state-spaces/mamba-{size}-hf" for size in ("130m", "370m", "790m", "1.4b", "2.8b")}
+MODELS |= {name: f"state-spaces/{name}" for name in ("mamba2-370m", "mamba2-780m")}
 
 # Flags that a row without a method takes too: how the perplexity is taken.
 _EVALUATION = ("seqlen", "eval_windows")
@@ -38,7 +39,7 @@ class Table:
     Attributes:
         models: names as MODELS has them, hub ids or folders. dataset: for calibration. ppl_datasets: for perplexity.
         flags: of every run that prunes. rows: name -> further flags; a row without flags is the dense model.
-        vary: flag -> values. published: key in data/paper_tables.json. published_model: the one model that the
+        vary: flag -> values. published: key in metrics/paper_tables.json. published_model: the one model that the
         published figures are of, where they are not kept by model. published_rows: row -> keys of its figures there.
         notes: what a reader should know of the published figures.
     """
@@ -136,8 +137,8 @@ def entries(table: Table, changes: Changes) -> list[Entry]:
         model = settled_model(MODELS.get(model, model))
         for row, flags in _rows(table, vary, changes.only):
             if "method" in flags:
-                flags = shared | table.flags | flags | changes.flags
-                seeds = changes.seeds or [None]
+                flags = {**shared, **table.flags, **flags, **changes.flags}
+                seeds: Sequence[int | None] = changes.seeds or [None]
             else:
                 flags = shared | flags | {key: value for key, value in changes.flags.items() if key in _EVALUATION}
                 seeds = [None]  # nothing is drawn: a seed would change nothing
@@ -164,7 +165,7 @@ def _rows(table: Table, vary: Mapping[str, Sequence[Any]], only: Sequence[str] |
     lines = []
     for row, flags in kept.items():
         for values in itertools.product(*vary.values()) if "method" in flags else [()]:
-            varied = dict(zip(vary, values))
+            varied = dict(zip(vary, values, strict=False))  # no values for a row that is not pruned
             said = [f"{flag} {Path(value).name if flag == 'dataset' else value}" for flag, value in varied.items()]
             lines.append((", ".join([row, *said]), dict(flags) | varied))
     return lines
@@ -286,7 +287,7 @@ def _accuracies(zero_shot: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def _remarks(table: Table, lines: Sequence[Line]) -> list[str]:
     """What the reader of the figures should know."""
-    remarks = []
+    remarks: list[str] = []
     chosen = [cell.options for line in lines for cell in line.entry.cells if not cell.refusal]
     if any(figure.published is not None for line in lines for figure in line.figures.values()):
         remarks += table.notes

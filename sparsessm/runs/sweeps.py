@@ -62,7 +62,7 @@ def load(file: Path, changes: Sequence[str] = ()) -> Sweep:
     varied = tuple(name for name, several in values.items() if len(several) > 1)
     points = []
     for chosen in itertools.product(*values.values()):
-        point = dict(zip(values, chosen))
+        point = dict(zip(values, chosen, strict=True))
         label = ", ".join(f"{name} {point[name]}" for name in varied) or file.stem
         points.append((Cell(label, (*fixed, *(f"--{name}={value}" for name, value in point.items()))), point))
     refusals = [cell.refusal for cell, _ in points]

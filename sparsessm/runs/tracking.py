@@ -53,10 +53,10 @@ class Run:
         """
         self.started = time.monotonic()
         self.speaks, self.folder = speaks, resumed
-        self._bar: tqdm | None = None
+        self._bar: Any = None
         self._phase: str | None = None
         self._handlers: list[logging.Handler] = []
-        self._wandb = None
+        self._wandb: Any = None
         self._lock: files.Lock | None = None
         logger.setLevel(logging.INFO if speaks else logging.ERROR)
         if not speaks:
@@ -69,17 +69,24 @@ class Run:
         except BaseException as error:
             self.close(failed=True)
             if resumed is None:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                shutil.rmtree(self._mine, ignore_errors=True)
                 files.remove_empty(made)
             reason = storage_reason(error) if isinstance(error, OSError) and not isinstance(error, SparseSSMError) else None
             if reason is not None:
-                raise StorageError(f"the run folder {self.folder} cannot be written ({reason}): choose --base_dir elsewhere") from error
+                place = f"the run folder {self.folder}"
+                raise StorageError(f"{place} cannot be written ({reason}): choose --base_dir elsewhere") from error
             raise
+
+    @property
+    def _mine(self) -> Path:
+        """The folder, of a process that has one."""
+        assert self.folder is not None
+        return self.folder
 
     def _open(self, options: Mapping[str, Any], log_wandb: bool) -> None:
         busy = f"{self.folder}: another process is working on this run: wait until it ends"
-        self._lock = files.Lock(self.folder / ".lock", busy)
-        log = self.folder / "output.log"
+        self._lock = files.Lock(self._mine / ".lock", busy)
+        log = self._mine / "output.log"
         os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
         self._handlers = [_LogFile(log, encoding="utf-8"), logging.StreamHandler(sys.stderr)]
         for handler in self._handlers:
@@ -87,7 +94,7 @@ class Run:
             logger.addHandler(handler)
         self.write_json("options.json", options)
         if log_wandb:
-            self._wandb = _start_wandb(options, self.folder)
+            self._wandb = _start_wandb(options, self._mine)
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a file of the run folder, whole or not at all."""
@@ -101,16 +108,16 @@ class Run:
             self._write(name, lambda path: save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path))
 
     def _write(self, name: str, write: Any) -> None:
-        with storing(str(self.folder / name), _REMEDY):
-            files.write_whole(self.folder / name, write, follow=False)
+        with storing(str(self._mine / name), _REMEDY):
+            files.write_whole(self._mine / name, write, follow=False)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Appends a line to events.jsonl: the kind, seconds since the start, and the fields."""
         if not self.speaks:
             return
         line = {"event": kind, "seconds": round(time.monotonic() - self.started, 3), **fields}
-        with storing(str(self.folder / "events.jsonl"), _REMEDY):
-            files.append_line(self.folder / "events.jsonl", files.strict_json(line))
+        with storing(str(self._mine / "events.jsonl"), _REMEDY):
+            files.append_line(self._mine / "events.jsonl", files.strict_json(line))
 
     def report(self, phase: str, layer: int, **figures: float) -> None:
         """Notes a finished layer: an event, a step of the progress bar, a row on wandb."""
@@ -160,7 +167,7 @@ class Run:
             logger.info("wandb: no pictures, for matplotlib is not installed (pip install -r requirements-plots.txt)")
             return
         with tempfile.TemporaryDirectory() as folder:
-            drawn = write_run_plots(read_run(self.folder), Path(folder))
+            drawn = write_run_plots(read_run(self._mine), Path(folder))
             if drawn:
                 self._wandb.log({f"plots/{kind}": wandb.Image(str(file)) for kind, file in drawn.items()})
 
@@ -195,8 +202,9 @@ class Run:
 class _LogFile(logging.FileHandler):
     """A log that says when it cannot be written, instead of a traceback for each line."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802: logging's name
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
         error = sys.exc_info()[1]
+        assert error is not None  # it is being handled
         raise StorageError(
             f"{self.baseFilename} could not be written ({storage_reason(error) or first_line(error)}): {_REMEDY}"
         ) from error
@@ -210,7 +218,7 @@ def _start_wandb(options: Mapping[str, Any], folder: Path) -> Any:
     """
     import wandb
 
-    arguments = {
+    arguments: dict[str, Any] = {
         "project": os.environ.get("WANDB_PROJECT", "sparsessm"), "config": dict(options), "dir": str(folder),
         "name": f"{folder.parent.name}-{folder.name}", "job_type": "prune" if options["method"] else "eval",
     }  # fmt: skip
@@ -218,7 +226,8 @@ def _start_wandb(options: Mapping[str, Any], folder: Path) -> Any:
         return wandb.init(**arguments)
     except wandb.errors.UsageError as error:
         if "api_key" not in str(error).lower() and "api key" not in str(error).lower():
-            raise InputError(f"wandb cannot start ({first_line(error)}): correct its settings, or leave --log_wandb out") from error
+            reason = first_line(error)
+            raise InputError(f"wandb cannot start ({reason}): correct its settings, or leave --log_wandb out") from error
         logger.warning("warning: no key for wandb: the run is logged offline (later: wandb sync %s)", folder / "wandb")
         try:
             return wandb.init(mode="offline", **arguments)

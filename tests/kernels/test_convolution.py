@@ -6,10 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsessm.kernels import convolution as conv_cuda
-from sparsessm.models.mamba1 import causal_conv
+from sparsessm.kernels import convolution
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says that it lies on a GPU, wherever it does."""
+
+    is_cuda = True
+
+
+def on_cuda(values):
+    return values.to(DEVICE).as_subclass(OnCuda)
 
 
 def like_causal_conv1d(x, weight, bias):
@@ -24,7 +33,7 @@ def like_causal_conv1d(x, weight, bias):
 def test_a_convolution_that_agrees_proves_right(dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert conv_cuda.proves_right(like_causal_conv1d, DEVICE, dtype)
+        assert convolution.proves_right(like_causal_conv1d, DEVICE, dtype)
 
 
 @pytest.mark.parametrize(
@@ -39,26 +48,42 @@ def test_a_convolution_that_agrees_proves_right(dtype):
 )
 def test_one_that_fails_or_disagrees_is_not_used(theirs, fault):
     with pytest.warns(UserWarning, match=f"causal-conv1d is installed but does not serve the convolution: .*{fault}"):
-        assert not conv_cuda.proves_right(theirs, DEVICE, torch.float32)
+        assert not convolution.proves_right(theirs, DEVICE, torch.float32)
 
 
 def test_a_broken_package_is_named_once(broken_package):
-    broken_package("causal_conv1d", conv_cuda.causal_conv1d)
+    broken_package("causal_conv1d", convolution.causal_conv1d)
+    padded, weight = on_cuda(torch.ones(1, 5, 8)), torch.ones(8, 1, 4, device=DEVICE)
+    ours = F.silu(convolution.causal_conv(padded, weight, None))
     with torch.no_grad(), pytest.warns(UserWarning, match="undefined symbol") as caught:
         for _ in range(2):
-            assert conv_cuda.causal_conv_silu(torch.zeros(1, 5, 8), torch.zeros(8, 1, 4), None) is None
+            assert torch.equal(convolution.causal_conv_silu(padded, weight, None), ours)
+            assert convolution.causal_conv1d(DEVICE, torch.float32) is None
     assert len(caught) == 1
 
 
 def test_it_serves_what_it_can_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(conv_cuda, "causal_conv1d", lambda device, dtype: like_causal_conv1d)
-    generator = torch.Generator().manual_seed(3)
+    asked, generator = [], torch.Generator().manual_seed(3)
+
+    def lookup(device, dtype):
+        asked.append(dtype)
+        return like_causal_conv1d
+
+    monkeypatch.setattr(convolution, "causal_conv1d", lookup)
     padded, weight, bias = (torch.randn(s, generator=generator) for s in ((2, 12, 16), (16, 1, 4), (16,)))
+    there, weight, bias = on_cuda(padded), weight.to(DEVICE), bias.to(DEVICE)
+
+    def served(padded, weight, bias):
+        """Whether causal-conv1d was asked; what comes out is right either way."""
+        asked.clear()
+        found = convolution.causal_conv_silu(padded, weight, bias)
+        torch.testing.assert_close(found, F.silu(convolution.causal_conv(padded, weight, bias)), atol=1e-6, rtol=1e-5)
+        return bool(asked)
+
     with torch.no_grad():
-        for offset in (bias, None):
-            found = conv_cuda.causal_conv_silu(padded, weight, offset)
-            torch.testing.assert_close(found, F.silu(causal_conv(padded, weight, offset)), atol=1e-6, rtol=1e-5)
-        assert conv_cuda.causal_conv_silu(padded, weight[..., :1], bias) is None
-        assert conv_cuda.causal_conv_silu(padded[..., :15], weight[:15], None) is None
-        assert conv_cuda.causal_conv_silu(padded.bfloat16(), weight, bias) is None
-    assert conv_cuda.causal_conv_silu(padded, weight, bias) is None  # gradients are wanted
+        assert served(there, weight, bias) and served(there, weight, None)
+        assert not served(there, weight[..., :1], bias)
+        assert not served(there[..., :15], weight[:15], None)
+        assert not served(there.bfloat16(), weight, bias)
+        assert not served(padded, weight.cpu(), bias.cpu())
+    assert not served(there, weight, bias)  # gradients are wanted

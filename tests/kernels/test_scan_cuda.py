@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsessm.kernels.selective_scan import ScanMoments, selective_scan_ref
+from sparsessm.kernels.selective_scan import ScanStatistics, selective_scan_ref
 
 scan_cuda = pytest.importorskip("sparsessm.kernels.scan_cuda", reason="triton is not installed")
 
@@ -81,14 +81,14 @@ def test_mamba_ssm_serves_what_it_can_and_nothing_else(monkeypatch):
     for gate in (True, False):
         values = scan_values(gate=gate)
         values[5] = values[5].half()
-        y, state = scan_cuda.selective_scan_cuda(*values, moments=ScanMoments())
+        y, state = scan_cuda.selective_scan_cuda(*values, statistics=ScanStatistics())
         expected_y, expected_state = selective_scan_ref(*values)
         assert torch.equal(y, expected_y) and torch.equal(state, expected_state) and y.is_contiguous()
     assert len(served) == 2
 
     values = scan_values()
     scan_cuda.selective_scan_cuda(*values, h0=torch.zeros(2, 7, 3, device=DEVICE))
-    scan_cuda.selective_scan_cuda(*values, moments=ScanMoments.zeros(("h2",), 9, 7, 3, DEVICE))
+    scan_cuda.selective_scan_cuda(*values, statistics=ScanStatistics.zeros(("h2",), 9, 7, 3, DEVICE))
     scan_cuda.selective_scan_cuda(values[0].half(), *values[1:])
     scan_cuda.selective_scan_cuda(*scan_values(B=1, L=1, D=2, N=257))
     assert len(served) == 2
@@ -123,14 +123,15 @@ def test_sums_have_the_same_bits_every_time(samples):
     values, needs = scan_values(B=samples, L=3, D=18), ("h2", "abar", "hh", "gram")
     found = []
     for _ in range(2):
-        moments = ScanMoments.zeros(needs, 3, 18, 3, DEVICE, "unit")
-        found.append((*scan_cuda.scan_by_triton(*values, moments=moments), *moments.tensors(), moments.twin))
+        statistics = ScanStatistics.zeros(needs, 3, 18, 3, DEVICE, "unit")
+        results = scan_cuda.scan_by_triton(*values, statistics=statistics)
+        found.append((*results, *statistics.tensors(), statistics.counterfactual))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_sums_of_another_length_are_refused():
     with pytest.raises(AssertionError, match="another shape"):
-        scan_cuda.scan_by_triton(*scan_values(), moments=ScanMoments.zeros(("h2",), 8, 7, 3, DEVICE))
+        scan_cuda.scan_by_triton(*scan_values(), statistics=ScanStatistics.zeros(("h2",), 8, 7, 3, DEVICE))
 
 
 COMPILE = """
@@ -145,7 +146,7 @@ class Absent:  # the driver of a GPU that is not there: enough to compile for it
 
 driver.set_active(Absent())
 from sparsessm.kernels import scan_cuda
-from sparsessm.kernels.selective_scan import ScanMoments
+from sparsessm.kernels.selective_scan import ScanStatistics
 
 compiled = []
 scan_cuda._launch = lambda kernel, grid, *arguments, **constants: compiled.append(
@@ -153,11 +154,11 @@ scan_cuda._launch = lambda kernel, grid, *arguments, **constants: compiled.appen
 
 def compile_scan(B, L, D, N, dtype, needs=(), effect="zero", h0=False, plain=False):
     u, z, projected = (torch.empty(B, L, n, dtype=dtype) for n in (D, 2 * D, 2 * N))
-    moments = ScanMoments.zeros(needs, L, D, N, "cpu", effect)
-    state = moments.twin = torch.empty(B, D, N) if h0 else None
+    statistics = ScanStatistics.zeros(needs, L, D, N, "cpu", effect)
+    state = statistics.counterfactual = torch.empty(B, D, N) if h0 else None
     D_ = None if plain else torch.empty(D)
     scan_cuda.scan_by_triton(u, u, torch.empty(D, N), projected[..., :N], projected[..., N:], D_,
-                             None if plain else z[..., D:], D_, not plain, state, moments)
+                             None if plain else z[..., D:], D_, not plain, state, statistics)
 
 every = ("h2", "abar", "hh", "gram")
 compile_scan(8, 2048, 1536, 16, torch.bfloat16)

@@ -1,8 +1,8 @@
 """The selective scan: the reference against brute force in float64, the fast kernels against the reference.
 
-Kernels see random input, another one in each test and the same in every run. Tolerances: float32 results to 2e-5 of the largest
-value, bfloat16 and float16 outputs to one rounding of their own, sums to 2e-5 of each field's largest. The kernel for
-CUDA runs on the GPU where there is one, else through Triton's interpreter (conftest.py), which is slow: it sees small
+Kernels see random input, another one in each test and the same in every run. Tolerances: float32 results to 2e-5 of the
+largest value, bfloat16 and float16 outputs to one rounding of their own, sums to 2e-5 of each field's largest. The kernel
+for CUDA runs on the GPU where there is one, else through Triton's interpreter (conftest.py), which is slow: it sees small
 shapes.
 """
 
@@ -19,7 +19,7 @@ import torch
 from sparsessm.kernels import selective_scan as scan_module
 from sparsessm.kernels.selective_scan import (
     EFFECTS,
-    ScanMoments,
+    ScanStatistics,
     force_kernel,
     selective_scan,
     selective_scan_ref,
@@ -56,11 +56,11 @@ def inputs(B, L, D, N, *, seed=0, dtype=torch.float32, gate=True, skip=True, bia
     return values | {"delta_softplus": True}
 
 
-def call(function, values, moments=None):
-    return function(**values, moments=moments)
+def call(function, values, statistics=None):
+    return function(**values, statistics=statistics)
 
 
-def run(kernel, values, moments=None):
+def run(kernel, values, statistics=None):
     """`selective_scan` by a kernel, in the memory that it is for; results and sums come back to the CPU."""
     device = "cuda" if kernel == "cuda" and torch.cuda.is_available() else "cpu"
 
@@ -71,13 +71,13 @@ def run(kernel, values, moments=None):
         return storage.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
     moved = {name: move(value) for name, value in values.items()}
-    there = moments and ScanMoments(**{name: move(value) for name, value in vars(moments).items()})
+    there = statistics and ScanStatistics(**{name: move(value) for name, value in vars(statistics).items()})
     with force_kernel(kernel):
         y, h = call(selective_scan, moved, there)
-    if moments is not None:
-        for mine, theirs in zip(moments.tensors(), there.tensors(), strict=True):
+    if statistics is not None:
+        for mine, theirs in zip(statistics.tensors(), there.tensors(), strict=True):
             mine.copy_(theirs)
-        moments.twin = None if there.twin is None else there.twin.cpu()
+        statistics.counterfactual = None if there.counterfactual is None else there.counterfactual.cpu()
     return y.cpu(), h.cpu()
 
 
@@ -88,14 +88,14 @@ def brute_force(values, effect):
     dt = torch.log1p(torch.exp(dt)) if values["delta_softplus"] else dt
     (B, L, D), N = u.shape, A.shape[1]
     h = torch.zeros(B, L + 1, D, N, dtype=torch.float64)  # h[:, t]: the state that enters step t
-    twin = torch.zeros_like(h)
+    counterfactual = torch.zeros_like(h)
     if values["h0"] is not None:
         h[:, 0] = values["h0"].double()
     abar = torch.exp(dt[..., None] * A)
     for b, t, d, n in itertools.product(range(B), range(L), range(D), range(N)):
         inflow = dt[b, t, d] * Bm[b, t, n] * u[b, t, d]
         h[b, t + 1, d, n] = abar[b, t, d, n] * h[b, t, d, n] + inflow
-        twin[b, t + 1, d, n] = torch.exp(-dt[b, t, d]) * twin[b, t, d, n] + inflow
+        counterfactual[b, t + 1, d, n] = torch.exp(-dt[b, t, d]) * counterfactual[b, t, d, n] + inflow
     y = torch.einsum("btdn,btn->btd", h[:, 1:], C)
     if values["D"] is not None:
         y = y + values["D"].double() * u
@@ -103,12 +103,12 @@ def brute_force(values, effect):
     if values["z"] is not None:
         z = values["z"].double()
         gate = z / (1 + torch.exp(-z))
-    lost = {"zero": abar * h[:, :-1], "unit": h[:, 1:] - twin[:, 1:], "removed": h[:, 1:]}[effect]
+    lost = {"zero": abar * h[:, :-1], "unit": h[:, 1:] - counterfactual[:, 1:], "removed": h[:, 1:]}[effect]
     e = lost * C[:, :, None, :] * gate[..., None]
     entered = h[:, :-1]
     sums = {
         "h2": entered.square().sum(0), "abar": abar.sum(0), "hh": torch.einsum("btdi,btdj->ij", entered, entered),
-        "gram": torch.einsum("btdi,btdj->dij", e, e),
+        "gram": torch.einsum("btdi,btdj->dij", e, e), "ch2": (h[:, 1:] * C[:, :, None, :]).square().sum(0),
     }  # fmt: skip
     return y * gate, h[:, -1], sums
 
@@ -125,13 +125,14 @@ def close(found, expected, tolerance=2e-5, what=""):
 @pytest.mark.parametrize("form", [{}, {"gate": False}, {"skip": False, "bias": False}], ids=str)
 def test_reference_is_the_formula(form, effect):
     values = inputs(2, 4, 3, 2, **form)
-    moments = ScanMoments.zeros(("h2", "abar", "hh", "gram"), 4, 3, 2, "cpu", effect)
-    y, h = call(selective_scan_ref, values, moments)
+    statistics = ScanStatistics.zeros(ScanStatistics.FIELDS, 4, 3, 2, "cpu", effect)
+    y, h = call(selective_scan_ref, values, statistics)
     expected_y, expected_h, sums = brute_force(values, effect)
     close(y, expected_y, what="y")
     close(h, expected_h, what="h")
+    assert sums.keys() == set(ScanStatistics.FIELDS)
     for name, value in sums.items():
-        close(getattr(moments, name), value, what=name)
+        close(getattr(statistics, name), value, what=name)
 
 
 def test_reference_goes_on_from_a_state():
@@ -161,8 +162,8 @@ def test_time_steps_without_softplus():
 
 
 def compare(kernel, values, needs=(), effect="zero", tolerance=2e-5):
-    (B, L, D), N = values["u"].shape, values["A"].shape[1]
-    ours, theirs = (ScanMoments.zeros(needs, L, D, N, "cpu", effect) for _ in range(2))
+    (_, L, D), N = values["u"].shape, values["A"].shape[1]
+    ours, theirs = (ScanStatistics.zeros(needs, L, D, N, "cpu", effect) for _ in range(2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         y, h = run(kernel, values, ours if needs else None)
@@ -252,9 +253,9 @@ def test_kernels_on_extreme_values(kernel, case, seed):
 def test_kernels_give_zero_where_there_is_no_transition(kernel, seed):
     """Exactly, as every runtime does: what is saved is what was evaluated."""
     values = inputs(2, 9, 19, 6, seed=seed) | {"A": torch.full((19, 6), -torch.tensor(30.0).exp())}
-    moments = ScanMoments.zeros(("abar",), 9, 19, 6, "cpu")
-    run(kernel, values, moments)
-    assert not moments.abar.any()
+    statistics = ScanStatistics.zeros(("abar",), 9, 19, 6, "cpu")
+    run(kernel, values, statistics)
+    assert not statistics.abar.any()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -271,17 +272,17 @@ def test_kernels_pass_on_what_is_not_a_number(kernel, seed):
 @pytest.mark.parametrize("effect", EFFECTS)
 def test_pieces_make_the_whole(kernel, cut, effect, seed):
     values, needs = inputs(3, 21, 19, 6, seed=seed), ("h2", "abar", "hh", "gram")
-    whole = ScanMoments.zeros(needs, 21, 19, 6, "cpu", effect)
+    whole = ScanStatistics.zeros(needs, 21, 19, 6, "cpu", effect)
     y, h = call(selective_scan_ref, values, whole)
-    parts, state, twin, sums = [], None, None, []
+    parts, state, counterfactual, sums = [], None, None, []
     for start in range(0, 21, cut):
         piece = {n: v[:, start : start + cut] if n in ("u", "delta", "B", "C", "z") else v for n, v in values.items()}
-        moments = ScanMoments.zeros(needs, piece["u"].shape[1], 19, 6, "cpu", effect)
-        moments.twin = twin
-        out, state = run(kernel, piece | {"h0": state}, moments)
-        twin = moments.twin
+        statistics = ScanStatistics.zeros(needs, piece["u"].shape[1], 19, 6, "cpu", effect)
+        statistics.counterfactual = counterfactual
+        out, state = run(kernel, piece | {"h0": state}, statistics)
+        counterfactual = statistics.counterfactual
         parts.append(out)
-        sums.append(moments)
+        sums.append(statistics)
     close(torch.cat(parts, 1), y, what="y")
     close(state, h, what="h")
     for name in ("h2", "abar"):
@@ -290,14 +291,20 @@ def test_pieces_make_the_whole(kernel, cut, effect, seed):
         close(sum(getattr(m, name) for m in sums), getattr(whole, name), what=name)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, "ref"])
 def test_sums_are_added_to_what_is_there(kernel, seed):
-    values = inputs(2, 9, 19, 6, seed=seed)
-    once, twice = (ScanMoments.zeros(("h2", "abar", "hh", "gram"), 9, 19, 6, "cpu") for _ in range(2))
-    for moments in (once, twice, twice):
-        run(kernel, values, moments)
-    for name in ScanMoments.FIELDS:
+    values, needs = inputs(2, 9, 19, 6, seed=seed), tuple(scan_module.provided(kernel))
+    assert {"h2", "abar", "hh", "gram"} <= set(needs)
+    once, twice = (ScanStatistics.zeros(needs, 9, 19, 6, "cpu") for _ in range(2))
+    for statistics in (once, twice, twice):
+        run(kernel, values, statistics)
+    for name in needs:
         close(getattr(twice, name), 2 * getattr(once, name), 1e-12, name)
+
+
+@pytest.mark.parametrize("kernel", [None, *KERNELS])
+def test_a_sum_that_a_kernel_does_not_fill_is_filled_all_the_same(kernel, seed):
+    compare(kernel, inputs(2, 9, 19, 6, seed=seed), ScanStatistics.FIELDS)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -307,9 +314,9 @@ def test_the_cpu_kernel_gives_the_same_bits_with_any_number_of_threads(threads, 
     try:
         for count in (1, threads):
             torch.set_num_threads(count)
-            moments = ScanMoments.zeros(needs, 40, 200, 6, "cpu")
+            statistics = ScanStatistics.zeros(needs, 40, 200, 6, "cpu")
             with force_kernel("cpu"):
-                found.append((*call(selective_scan, values, moments), *moments.tensors()))
+                found.append((*call(selective_scan, values, statistics), *statistics.tensors()))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -331,7 +338,7 @@ def test_unknown_kernels_and_effects_are_refused():
     with pytest.raises(ValueError, match="known are ref, cpu, cuda"), force_kernel("tpu"):
         pass
     with pytest.raises(ValueError, match="known are zero, unit, removed"):
-        ScanMoments(effect="gone")
+        ScanStatistics(effect="gone")
 
 
 def test_without_numba_the_reference_serves(monkeypatch):
@@ -339,11 +346,11 @@ def test_without_numba_the_reference_serves(monkeypatch):
     assert scan_module._choose_kernel.__wrapped__("cpu") == "ref"
 
 
-def test_going_on_with_unit_needs_its_twin():
+def test_going_on_with_unit_needs_its_counterfactual():
     values = inputs(1, 3, 2, 2, h0=True)
-    moments = ScanMoments.zeros(("gram",), 3, 2, 2, "cpu", "unit")
-    with pytest.raises(ValueError, match="twin"):
-        call(selective_scan_ref, values, moments)
+    statistics = ScanStatistics.zeros(("gram",), 3, 2, 2, "cpu", "unit")
+    with pytest.raises(ValueError, match="counterfactual"):
+        call(selective_scan_ref, values, statistics)
 
 
 def test_the_default_on_the_cpu_is_the_compiled_kernel():

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from sparsessm.layerwise.statistics import Energy, Gram, TapGram, hessian
+from sparsessm.layerwise.statistics import Gram, ShiftedGram, SquaredNorms, hessian
 
 B, L, D, K = 3, 10, 4, 3
 
 
 @pytest.fixture
 def inputs():
-    """(B,K-1+L,D): what the tap of conv1d shows at the start of a window, zeros first."""
+    """(B,K-1+L,D): what the hook of conv1d shows at the start of a window, zeros first."""
     values = torch.randn(B, K - 1 + L, D, generator=torch.Generator().manual_seed(0))
     values[:, : K - 1] = 0
     return values
@@ -31,16 +31,16 @@ def test_gram_skips_the_history_of_a_convolution(inputs):
     torch.testing.assert_close(gram.total, x.T @ x, rtol=1e-5, atol=1e-5)
 
 
-def test_energy_is_the_diagonal_of_gram(inputs):
-    gram, energy = Gram(D), Energy(D)
+def test_squared_norms_are_the_diagonal_of_gram(inputs):
+    gram, norms = Gram(D), SquaredNorms(D)
     gram.update(inputs)
-    energy.update(inputs)
-    torch.testing.assert_close(energy.total, gram.total.diagonal(), rtol=1e-5, atol=1e-5)
+    norms.update(inputs)
+    torch.testing.assert_close(norms.total, gram.total.diagonal(), rtol=1e-5, atol=1e-5)
 
 
-def test_tap_gram_is_the_gram_of_each_channels_shifted_inputs(inputs):
-    """Tap k of the weight meets the input K-1-k steps back, zero before the window."""
-    gram = TapGram(D, K)
+def test_shifted_gram_is_the_gram_of_each_channels_shifted_inputs(inputs):
+    """Weight k meets the input K-1-k steps back, zero before the window."""
+    gram = ShiftedGram(D, K)
     gram.update(inputs)
     expected = np.zeros((D, K, K))
     for window in inputs[:, K - 1 :].double().numpy():
@@ -51,7 +51,7 @@ def test_tap_gram_is_the_gram_of_each_channels_shifted_inputs(inputs):
     np.testing.assert_allclose(gram.total.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [lambda: Gram(D, skip=K - 1), lambda: TapGram(D, K)], ids=["Gram", "TapGram"])
+@pytest.mark.parametrize("make", [lambda: Gram(D, skip=K - 1), lambda: ShiftedGram(D, K)], ids=["Gram", "ShiftedGram"])
 def test_pieces_with_their_history_make_the_whole(inputs, make):
     whole, pieces = make(), make()
     whole.update(inputs)
@@ -61,7 +61,9 @@ def test_pieces_with_their_history_make_the_whole(inputs, make):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Gram(D), lambda: Energy(D), lambda: TapGram(D, K)], ids=["Gram", "Energy", "TapGram"]
+    "make",
+    [lambda: Gram(D), lambda: SquaredNorms(D), lambda: ShiftedGram(D, K)],
+    ids=["Gram", "SquaredNorms", "ShiftedGram"],
 )
 def test_merge_adds_another_share_of_the_windows(inputs, make):
     whole, one, other = make(), make(), make()
@@ -73,15 +75,15 @@ def test_merge_adds_another_share_of_the_windows(inputs, make):
 
 
 def test_sums_are_kept_in_float64_whatever_comes_in(inputs):
-    for accumulator in (Gram(D), Energy(D), TapGram(D, K)):
+    for accumulator in (Gram(D), SquaredNorms(D), ShiftedGram(D, K)):
         accumulator.update(inputs.bfloat16())
         assert accumulator.total.dtype == torch.float64
 
 
 def test_products_of_bfloat16_inputs_are_not_rounded_to_it():
-    energy = Energy(1)
-    energy.update(torch.full((1, 1000, 1), 1.0078125, dtype=torch.bfloat16))
-    assert float(energy.total) == pytest.approx(1000 * 1.0078125**2, rel=1e-6)
+    norms = SquaredNorms(1)
+    norms.update(torch.full((1, 1000, 1), 1.0078125, dtype=torch.bfloat16))
+    assert float(norms.total) == pytest.approx(1000 * 1.0078125**2, rel=1e-6)
 
 
 def test_hessian_divides_by_samples_and_not_by_tokens():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsessm.errors import InputError
 from sparsessm.models import checkpoint
+from sparsessm.models.architecture import Layout
 from sparsessm.models.history import read_history
 
 SMALL = ["--seqlen", 64, "--nsamples", 4, "--eval_windows", 2]
@@ -17,7 +18,7 @@ SMALL = ["--seqlen", 64, "--nsamples", 4, "--eval_windows", 2]
 
 def history_of(folder: Path):
     source = checkpoint.find(str(folder))
-    return read_history(source, checkpoint.load(source))
+    return read_history(source.folder, Layout(checkpoint.load(source)))
 
 
 def change(folder: Path, edit) -> None:
@@ -46,6 +47,7 @@ def pruned(run_main, tiny_checkpoint, text_folder, tmp_path):
 
 
 A_LOG = ("--prune_A", "--sparsity", 0.5)
+WEIGHTS = tuple(f"mixer.{name}.weight" for name in ("in_proj", "conv1d", "out_proj"))
 
 
 def test_a_dense_model_has_no_history(tiny_checkpoint, tiny_model, tmp_path):
@@ -173,6 +175,23 @@ def test_masks_follow_their_layers_when_blocks_are_removed(pruned, tiny_checkpoi
     assert f"backbone.layers.{lost}.mixer.A_log" in json.loads((done.folder / "sparsity.json").read_text())
 
 
+@pytest.mark.parametrize("structure", ["columns", "heads"])
+def test_structures_and_weights_that_go_in_one_run_count_together(pruned, checkpoint_of, run_main, text_folder, structure):
+    """Of a Mamba-2 both take from the same weights: what is gone is all that is not there and not zero."""
+    dense = checkpoint_of("mamba2")
+    words = ("--method", "sparsessm", *A_LOG, "--prune_layers", "--structure", structure)
+    one, done = pruned("one", *words, model=dense)
+
+    def alive(folder):
+        tensors = load_file(folder / "model.safetensors")
+        return sum(int(tensors[name].count_nonzero()) for name in tensors if name.endswith(WEIGHTS))
+
+    share = 1 - alive(one) / alive(dense)
+    assert done.metrics["sparsity"]["layers"] == pytest.approx(share, abs=1e-6)
+    again = run_main([one, text_folder, *SMALL])
+    assert again.metrics["sparsity"] == done.metrics["sparsity"]
+
+
 @pytest.mark.parametrize("sparsity", [0.3, 0.5])
 def test_a_share_that_is_gone_already_is_refused(pruned, run_main, text_folder, sparsity):
     one, _ = pruned("one", "--method", "magnitude", *A_LOG)
@@ -215,14 +234,15 @@ def test_masks_that_are_none_are_refused(pruned, run_main, text_folder, case):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"gone": 3}', '{"gone": {"ssm": -1}}', '{"gone": {"ssm": true}}', '{"removed_states": {"a": "b"}}',
-             '{"removed_states": 1}', '{"history": 3}', '{"options": []}', "[" * 3000],
+    "text", ["{", "[]", '{"gone": 3}', '{"gone": {"ssm": -1}}', '{"gone": {"ssm": true}}', '{"removed": {"a": "b"}}',
+             '{"removed": {"a": [0, 1]}}', '{"removed": {"a": {"dim": 1, "index": [true]}}}', '{"removed": 1}',
+             '{"history": 3}', '{"options": []}', "[" * 3000],
 )  # fmt: skip
 def test_a_record_that_is_none_is_refused(tiny_checkpoint, text):
     folder = tiny_checkpoint()
     (folder / "sparsessm.json").write_text(text)
     source = checkpoint.find(str(folder))
-    with pytest.raises(InputError, match="sparsessm.json") as caught:
-        read_history(source, checkpoint.load(source))
+    with pytest.raises(InputError, match=r"sparsessm.json") as caught:
+        read_history(source.folder, Layout(checkpoint.load(source)))
     assert "\n" not in str(caught.value)
     shutil.rmtree(folder)

@@ -1,23 +1,20 @@
-"""The block forward against the stock block of transformers, and what pruning does to a block."""
+"""Our forward of a block against the stock block of transformers, and what pruning does to a block."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsessm.kernels.selective_scan import ScanMoments, selective_scan_ref
-from sparsessm.layerwise.walk import walk
-from sparsessm.models.mamba1 import (
-    MODULES,
-    Carry,
-    block_forward,
-    causal_conv,
-    prune_transitions,
-    remove_states,
-)
+from sparsessm.kernels.convolution import causal_conv
+from sparsessm.kernels.selective_scan import ScanStatistics, selective_scan_ref
+from sparsessm.layerwise.layer import each_layer
+from sparsessm.models.architecture import Layout
+from sparsessm.models.mamba1 import Mamba1Mixer
+from sparsessm.models.mixer import Cache
+from tests.pruning_checks import prune_transitions, visit_block
 
 SIZES = [
-    {"state_size": state, "conv_kernel": taps, "use_bias": bias, "use_conv_bias": conv_bias, "residual_in_fp32": fp32}
-    for state, taps, bias, conv_bias, fp32 in [
+    {"state_size": state, "conv_kernel": K, "use_bias": bias, "use_conv_bias": conv_bias, "residual_in_fp32": fp32}
+    for state, K, bias, conv_bias, fp32 in [
         (1, 2, False, True, True), (1, 4, True, False, False), (5, 2, True, True, True), (5, 4, False, False, True),
         (12, 4, True, True, False), (12, 2, False, True, False), (16, 4, False, True, True), (16, 2, True, False, True),
     ]
@@ -36,24 +33,24 @@ def stream_input(B: int = 3, L: int = 21, M: int = 16, dtype: torch.dtype = torc
 def test_block_is_the_stock_block(tiny_model, sizes):
     block = tiny_model(**sizes).backbone.layers[0]
     hidden = stream_input()
-    out, carry = block_forward(block, hidden)
-    torch.testing.assert_close(out, block(hidden), atol=1e-5, rtol=1e-5)
-    assert carry.conv.shape == (3, sizes["conv_kernel"] - 1, 32)
-    assert carry.state.shape == (3, 32, sizes["state_size"])
+    seen = visit_block(block, hidden)
+    torch.testing.assert_close(seen.out, block(hidden), atol=1e-5, rtol=1e-5)
+    assert seen.cache.conv.shape == (3, sizes["conv_kernel"] - 1, 32)
+    assert seen.cache.state.shape == (3, 32, sizes["state_size"])
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_windows_shorter_than_the_convolution(tiny_model, length):
     block = tiny_model(conv_kernel=4).backbone.layers[0]
     hidden = stream_input(L=length)
-    torch.testing.assert_close(block_forward(block, hidden)[0], block(hidden), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(visit_block(block, hidden).out, block(hidden), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=label)
-def test_whole_walk_is_the_stock_model(tiny_model, tiny_windows, embed, sizes):
+def test_all_layers_are_the_stock_model(tiny_model, tiny_windows, embed, sizes):
     model, windows = tiny_model(num_hidden_layers=3, **sizes), tiny_windows(5, 21)
     stream = embed(model, windows)
-    for _ in walk(model, stream):
+    for _ in each_layer(Layout(model), stream):
         pass
     logits = model.lm_head(model.backbone.norm_f(stream.hidden))
     torch.testing.assert_close(logits, model(windows).logits, atol=1e-5, rtol=1e-5)
@@ -64,15 +61,15 @@ def test_bfloat16_block_within_its_rounding(tiny_model, fp32):
     """Two runs that round at other places differ by some units of 2^-8; bounded at 2 % of the largest output."""
     block = tiny_model(dtype=torch.bfloat16, residual_in_fp32=fp32).backbone.layers[0]
     hidden = stream_input(dtype=torch.bfloat16)
-    ours, stock = block_forward(block, hidden)[0], block(hidden)
+    ours, stock = visit_block(block, hidden).out, block(hidden)
     assert ours.dtype == stock.dtype == (torch.float32 if fp32 else torch.bfloat16)
     assert float((ours - stock).abs().max()) < 0.02 * float(stock.abs().max())
 
 
-def test_bfloat16_walk_within_its_rounding(tiny_model, tiny_windows, embed):
+def test_bfloat16_layers_within_their_rounding(tiny_model, tiny_windows, embed):
     model, windows = tiny_model(dtype=torch.bfloat16), tiny_windows(5, 21)
     stream = embed(model, windows)
-    for _ in walk(model, stream):
+    for _ in each_layer(Layout(model), stream):
         pass
     ours = model.lm_head(model.backbone.norm_f(stream.hidden.bfloat16())).float()
     stock = model(windows).logits.float()
@@ -80,21 +77,22 @@ def test_bfloat16_walk_within_its_rounding(tiny_model, tiny_windows, embed):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 20])
-@pytest.mark.parametrize("taps", [2, 4])
-def test_pieces_with_a_carry_make_the_whole(tiny_model, taps, size):
-    block, hidden = tiny_model(conv_kernel=taps, use_bias=True).backbone.layers[0], stream_input()
-    whole, last = block_forward(block, hidden)
-    pieces, carry = [], None
+@pytest.mark.parametrize("K", [2, 4])
+def test_pieces_with_a_cache_make_the_whole(tiny_model, K, size):
+    block, hidden = tiny_model(conv_kernel=K, use_bias=True).backbone.layers[0], stream_input()
+    whole = visit_block(block, hidden)
+    pieces, cache = [], None
     for piece in hidden.split(size, dim=1):
-        out, carry = block_forward(block, piece, carry=carry)
-        pieces.append(out)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(carry.conv, last.conv)
-    torch.testing.assert_close(carry.state, last.state, atol=1e-5, rtol=1e-5)
+        seen = visit_block(block, piece, cache=cache)
+        pieces.append(seen.out)
+        cache = seen.cache
+    torch.testing.assert_close(torch.cat(pieces, 1), whole.out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cache.conv, whole.cache.conv)
+    torch.testing.assert_close(cache.state, whole.cache.state, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [SIZES[2], SIZES[6]], ids=label)
-def test_taps_show_the_true_inputs(tiny_model, sizes):
+def test_hooks_show_the_true_inputs(tiny_model, sizes):
     block, hidden = tiny_model(**sizes).backbone.layers[0], stream_input()
     mixer, K = block.mixer, sizes["conv_kernel"]
 
@@ -105,8 +103,9 @@ def test_taps_show_the_true_inputs(tiny_model, sizes):
         )
     block(hidden)
     shown = {}
-    block_forward(block, hidden, {name: lambda x, name=name: shown.update({name: x}) for name in MODULES})
-    assert set(shown) == set(MODULES)
+    modules = Mamba1Mixer.MODULES
+    visit_block(block, hidden, hooks={name: lambda x, name=name: shown.update({name: x}) for name in modules})
+    assert set(shown) == set(modules)
 
     for name in ("in_proj", "x_proj", "out_proj"):
         torch.testing.assert_close(shown[name], stock[name], atol=1e-5, rtol=1e-5)
@@ -121,8 +120,8 @@ def test_taps_show_the_true_inputs(tiny_model, sizes):
 def test_the_convolution_of_a_later_piece_sees_the_inputs_before_it(tiny_model):
     block, hidden = tiny_model(conv_kernel=4).backbone.layers[0], stream_input()
     shown = []
-    _, carry = block_forward(block, hidden[:, :10], {"conv1d": shown.append})
-    block_forward(block, hidden[:, 10:], {"conv1d": shown.append}, carry=carry)
+    cache = visit_block(block, hidden[:, :10], hooks={"conv1d": shown.append}).cache
+    visit_block(block, hidden[:, 10:], hooks={"conv1d": shown.append}, cache=cache)
     assert shown[0].shape[1] == 3 + 10 and shown[1].shape[1] == 3 + 11
     torch.testing.assert_close(shown[1][:, :3], shown[0][:, -3:])
 
@@ -162,7 +161,7 @@ def test_transition_zero_multiplies_abar_by_zero(tiny_model, mask):
     expected = without_transitions(block, hidden, mask)
     kept = block.mixer.A_log.clone()
     prune_transitions(block, mask, "zero")
-    torch.testing.assert_close(block_forward(block, hidden)[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(visit_block(block, hidden).out, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(block(hidden), expected, atol=1e-5, rtol=1e-5)  # the stock runtime agrees
     assert torch.equal(block.mixer.A_log[~mask], kept[~mask])
     assert torch.isfinite(block.mixer.A_log).all()
@@ -171,18 +170,18 @@ def test_transition_zero_multiplies_abar_by_zero(tiny_model, mask):
 def test_transition_zero_holds_for_the_smallest_time_steps():
     """exp(-dt exp(30)) is 0 in float32 for every dt that a softplus of trained weights gives."""
     block_input = torch.full((1, 4, 1), -20.0)  # softplus(-20) = 2e-9
-    moments = ScanMoments.zeros(("abar",), 4, 1, 1, "cpu")
+    statistics = ScanStatistics.zeros(("abar",), 4, 1, 1, "cpu")
     ones = torch.ones(1, 4, 1)
     A = -torch.exp(torch.full((1, 1), 30.0))
-    selective_scan_ref(ones, block_input, A, ones, ones, delta_softplus=True, moments=moments)
-    assert not moments.abar.any()
+    selective_scan_ref(ones, block_input, A, ones, ones, delta_softplus=True, statistics=statistics)
+    assert not statistics.abar.any()
 
 
 def test_transition_unit_sets_A_to_minus_one(tiny_model, mask):
     block, hidden = tiny_model().backbone.layers[0], stream_input()
     prune_transitions(block, mask, "unit")
     assert not block.mixer.A_log[mask].any()
-    torch.testing.assert_close(block_forward(block, hidden)[0], block(hidden), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(visit_block(block, hidden).out, block(hidden), atol=1e-5, rtol=1e-5)
 
 
 def test_unit_and_zero_are_different_functions(tiny_model, mask):
@@ -190,7 +189,7 @@ def test_unit_and_zero_are_different_functions(tiny_model, mask):
     for transition in ("zero", "unit"):
         block = tiny_model().backbone.layers[0]
         prune_transitions(block, mask, transition)
-        outs.append(block_forward(block, hidden)[0])
+        outs.append(visit_block(block, hidden).out)
     assert float((outs[0] - outs[1]).abs().max()) > 1e-2
 
 
@@ -204,35 +203,35 @@ def test_removed_states_are_those_whose_C_is_zero(tiny_model):
     assert float((expected - block(hidden)).abs().max()) > 1e-2
 
     kept = block.mixer.A_log[:, ~columns].clone()
-    remove_states(block, columns)
+    Mamba1Mixer(block.mixer).remove("columns", columns)
     assert torch.equal(block.mixer.A_log, kept)
     assert block.mixer.x_proj.weight.shape == (3 + 2 * 3, 32)
-    torch.testing.assert_close(block_forward(block, hidden)[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(visit_block(block, hidden).out, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(block(hidden), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_moments_are_those_of_the_scan_and_do_not_change_the_output(tiny_model):
+def test_statistics_are_those_of_the_scan_and_do_not_change_the_output(tiny_model):
     block, hidden = tiny_model().backbone.layers[0], stream_input()
-    moments = ScanMoments.zeros(("h2", "abar", "hh"), 21, 32, 6, "cpu")
-    out, _ = block_forward(block, hidden, moments=moments)
-    torch.testing.assert_close(out, block_forward(block, hidden)[0], atol=1e-6, rtol=1e-6)
+    statistics = ScanStatistics.zeros(("h2", "abar", "hh"), 21, 32, 6, "cpu")
+    out = visit_block(block, hidden, statistics=statistics).out
+    torch.testing.assert_close(out, visit_block(block, hidden).out, atol=1e-6, rtol=1e-6)
 
-    h2, abar, hh, carry = torch.zeros(21, 32, 6), torch.zeros(21, 32, 6), torch.zeros(6, 6), None
+    h2, abar, hh, cache = torch.zeros(21, 32, 6), torch.zeros(21, 32, 6), torch.zeros(6, 6), None
     for t in range(21):
-        state = torch.zeros(3, 32, 6) if carry is None else carry.state
+        state = torch.zeros(3, 32, 6) if cache is None else cache.state
         h2[t], hh = state.square().sum(0), hh + torch.einsum("bdn,bdm->nm", state, state)
         shown = []
-        _, carry = block_forward(block, hidden[:, t : t + 1], {"dt_proj": shown.append}, carry=carry)
+        cache = visit_block(block, hidden[:, t : t + 1], hooks={"dt_proj": shown.append}, cache=cache).cache
         dt = F.softplus(block.mixer.dt_proj(shown[0][:, 0]))
         abar[t] = torch.exp(dt[..., None] * -torch.exp(block.mixer.A_log)).sum(0)
-    torch.testing.assert_close(moments.h2.float(), h2, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(moments.abar.float(), abar, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(moments.hh.float(), hh, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(statistics.h2.float(), h2, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(statistics.abar.float(), abar, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(statistics.hh.float(), hh, atol=1e-4, rtol=1e-4)
 
 
-def test_a_carry_is_not_changed(tiny_model):
+def test_a_cache_is_not_changed(tiny_model):
     block, hidden = tiny_model().backbone.layers[0], stream_input()
-    _, carry = block_forward(block, hidden)
-    copy = Carry(carry.conv.clone(), carry.state.clone())
-    block_forward(block, hidden, carry=carry)
-    assert torch.equal(carry.conv, copy.conv) and torch.equal(carry.state, copy.state)
+    cache = visit_block(block, hidden).cache
+    copy = Cache(cache.conv.clone(), cache.state.clone())
+    visit_block(block, hidden, cache=cache)
+    assert torch.equal(cache.conv, copy.conv) and torch.equal(cache.state, copy.state)

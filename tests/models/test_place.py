@@ -14,7 +14,9 @@ from sparsessm.models import place
 from sparsessm.models.place import Place, check_target
 
 ROOT = Path(__file__).resolve().parents[2]
-OLD = {"config.json": "old", "model-00001-of-00002.safetensors": "old", "model.safetensors.index.json": "old", "merges.txt": "old"}
+OLD = dict.fromkeys(
+    ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "merges.txt"), "old"
+)
 NEW = {"config.json": "new", "model.safetensors": "new", "sparsessm.json": "new"}
 
 
@@ -41,7 +43,10 @@ def seen(folder: Path) -> dict[str, str]:
     """Every name below a folder, with what it is or holds."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        kind = os.readlink(path) if path.is_symlink() else "" if path.is_dir() else "pipe" if path.is_fifo() else path.read_text()
+        if path.is_symlink():
+            kind = os.readlink(path)
+        else:
+            kind = "" if path.is_dir() else "pipe" if path.is_fifo() else path.read_text()
         found[str(path.relative_to(folder))] = kind
     return found
 
@@ -101,7 +106,7 @@ def test_a_name_as_long_as_the_file_system_takes(tmp_path):
 
 
 def test_a_place_without_room_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(InputError, match="needs about .* MiB and its disk has"):
+    with pytest.raises(InputError, match=r"needs about .* MiB and its disk has"):
         Place(str(tmp_path / "out"), 1 << 60)
     assert os.listdir(tmp_path) == []
 
@@ -126,7 +131,9 @@ def test_targets_that_can_be_written(tmp_path):
     assert not (tmp_path / "new").exists() and not (tmp_path / "deep").exists()
 
 
-@pytest.mark.parametrize("name", ["notes", "file", "file/below", "model", "model/../model", "link", "pipe", "loop", "p" * 300, "runs"])
+@pytest.mark.parametrize(
+    "name", ["notes", "file", "file/below", "model", "model/../model", "link", "pipe", "loop", "p" * 300, "runs"]
+)
 def test_targets_that_are_refused(tmp_path, name):
     fill(tmp_path / "notes", {"thesis.tex": "years of work"})
     fill(tmp_path / "model", OLD)

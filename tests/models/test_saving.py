@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsessm.evaluation.perplexity import perplexity
+from sparsessm.metrics.perplexity import perplexity
 from sparsessm.models import checkpoint, saving
-from sparsessm.models.mamba1 import prune_transitions, remove_states
+from sparsessm.models.architecture import Layout
+from tests.pruning_checks import prune_transitions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SEQLEN = 64
@@ -121,8 +122,8 @@ def test_saved_logits_are_those_in_memory(tmp_path, pruned, tokenizer, tiny_wind
     out = saving.save(model, tokenizer, masks, {}, str(tmp_path / "out"))
     again, windows = AutoModelForCausalLM.from_pretrained(out).eval(), tiny_windows()
     torch.testing.assert_close(again(windows).logits, model(windows).logits, atol=1e-5, rtol=1e-5)
-    ours = perplexity(checkpoint.load(checkpoint.find(str(out))), windows, device="cpu", offload="cpu", batch=2)
-    here = perplexity(model, windows, device="cpu", offload="cpu", batch=2)
+    again = checkpoint.load(checkpoint.find(str(out)))
+    here, ours = (perplexity(Layout(m), windows, device="cpu", offload="cpu", batch=2) for m in (model, again))
     assert ours == here
 
 
@@ -151,9 +152,11 @@ def test_removed_states_make_a_smaller_model(tmp_path, tiny_model, tokenizer, ti
     model, columns = tiny_model(), torch.tensor([True, False, True, False, False, True])
     masks = {f"backbone.layers.{i}.mixer.A_log": columns.expand(32, 6) for i in range(2)}
     dense = saving.save(model, tokenizer, {}, {}, str(tmp_path / "dense"))
-    for layer in model.backbone.layers:
-        remove_states(layer, columns)
-    model.config.state_size = 3
+    layout = Layout(model)
+    for layer in layout.layers:
+        layout.mixer(layer).remove("columns", columns)
+    layout.shrink("columns")
+    assert model.config.state_size == 3
     out = saving.save(model, tokenizer, masks, {}, str(tmp_path / "out"))
     assert json.loads((out / "config.json").read_text())["state_size"] == 3
     less = 2 * (3 * 32 + 2 * 3 * 32) * 4  # two layers, columns of A_log and rows of x_proj for B and C, float32
@@ -226,6 +229,15 @@ def test_a_refused_target_stops_the_command_before_the_model_is_loaded(tmp_path,
     assert not (tmp_path / "runs-1").exists()
 
 
+def test_a_layout_that_does_not_know_the_model_is_refused_before_anything_heavy(
+    tmp_path, checkpoint_of, text_folder, run_main
+):
+    words = [*WAYS["A_log, zero"], *prune_flags("--save", tmp_path / "out", "--save_format", "state-spaces")]
+    done = run_main([checkpoint_of("falcon_mamba"), text_folder, *words])
+    assert done.code == 2 and "--save_format" in done.stderr.splitlines()[-1]
+    assert done.folder is None and not (tmp_path / "out").exists()
+
+
 def test_an_existing_checkpoint_is_replaced_whole(tmp_path, pruned, tiny_model, tokenizer, tiny_windows):
     target = tmp_path / "out"
     saving.save(tiny_model(seed=5), tokenizer, {}, {"old": True}, str(target), layout="state-spaces")
@@ -295,7 +307,7 @@ def test_a_full_disk_leaves_the_target_as_it_was(tmp_path, tiny_model, tokenizer
     assert done.returncode == 0, done.stderr[-2000:]
     ends = json.loads(done.stdout)
     assert [end for end in ends if not end.startswith("InputError") or "\n" in end] == []
-    for (target, _, _), old in zip(jobs, before):
+    for (target, _, _), old in zip(jobs, before, strict=True):
         place = Path(target).parent
         assert os.listdir(place) == (["out"] if old else [])  # no temporary folder stays behind
         assert old is None or contents(place / "out") == old

@@ -1,4 +1,4 @@
-"""The tokenizer is the one that AutoTokenizer takes from the folder, it fits the model, and nothing else serves in silence."""
+"""The tokenizer is the one that AutoTokenizer takes from the folder, it fits, and nothing else serves in silence."""
 
 import json
 import shutil
@@ -48,8 +48,9 @@ def test_a_tokenizer_json_that_is_none(tiny_checkpoint, demo_dir, case):
     assert "tokenizer" in complaint(folder)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "{", '{"added_tokens_decoder": 3}', '{"eos_token": {"a": [1]}}', '{"eos_token": 7}',
-                                  '{"tokenizer_class": 5}', '{"extra_special_tokens": "x"}'])  # fmt: skip
+@pytest.mark.parametrize("text", ["[]", "3", "{", '{"added_tokens_decoder": 3}', '{"eos_token": {"a": [1]}}',
+                                  '{"eos_token": 7}', '{"tokenizer_class": 5}',
+                                  '{"extra_special_tokens": "x"}'])  # fmt: skip
 def test_a_tokenizer_config_of_odd_types(tiny_checkpoint, text):
     folder = tiny_checkpoint()
     (folder / "tokenizer_config.json").write_text(text)

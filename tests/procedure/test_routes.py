@@ -1,20 +1,25 @@
 """The fast scan changes no result: the same masks as by the reference for every method, and the same perplexity."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sparsessm.calibration import text
-from sparsessm.evaluation.perplexity import perplexity
+from sparsessm.corpora import text
 from sparsessm.kernels.selective_scan import force_kernel
-from sparsessm.layerwise.walk import Stream
+from sparsessm.layerwise.stream import Stream
+from sparsessm.metrics.perplexity import perplexity
 from sparsessm.models import checkpoint
+from sparsessm.models.architecture import Layout
+from sparsessm.models.mamba1 import Mamba1Mixer
 from sparsessm.models.tokenizing import load_tokenizer
 from sparsessm.options import Options
-from sparsessm.procedure import schedule
-from sparsessm.procedure.compensation import CompensationPlan
+from sparsessm.procedure.driver import Job
+from sparsessm.procedure.plan import CompensationPlan, plan_of
+from sparsessm.procedure.prune import prune
 from sparsessm.pruning.methods import METHODS
 
-# Methods that choose by the sums of one pass. Where weights are polished or refitted, rounding goes on into the next choice.
+# Methods that choose by the sums of one pass. Where weights are refined or refitted, rounding goes on into the next choice.
 SCORED = [
     name for name, method in METHODS.items()
     if (method.prunes_A_log or method.weights) and method.compensate == "none"
@@ -45,12 +50,12 @@ def pruned(demo, kernel, name, compensated=False):
         model="demo", dataset="demo", method=name, prune_A=method.prunes_A_log, prune_layers=method.weights is not None,
         alpha=0.04 if method.allocation == "sensitivity" else 0.0, **share,
     )  # fmt: skip
-    model, (*phases, compensation, allocate) = checkpoint.load(source), options.plans()
-    rest = (compensation, allocate) if compensated else (CompensationPlan(), False)
+    layout, plan = Layout(checkpoint.load(source)), plan_of(options, Mamba1Mixer.MODULES)
+    if not compensated:
+        plan = replace(plan, compensation=CompensationPlan(), allocate=False)
     with force_kernel(kernel):
-        embed = lambda: Stream.embed(model, calibration, **PLACE)  # noqa: E731
-        masks = schedule.prune(model, embed, *phases, *rest, 0, 6, lambda *_, **__: None)
-        return masks, perplexity(model, evaluation, **PLACE).value
+        masks = prune(Job(layout, lambda: Stream.embed(layout, calibration, **PLACE), 0, 6), plan, calibration).masks
+        return masks, perplexity(layout, evaluation, **PLACE).value
 
 
 @pytest.mark.slow
@@ -65,7 +70,7 @@ def test_every_method_gives_the_same_masks_by_both_routes(demo, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("compensated", "share"), [(False, 1e-3), (True, 0.02)])
 def test_compensation_agrees_by_both_routes_but_for_what_rounding_moves(demo, compensated, share):
-    """The two phases of sparsessm_obs alone, and the whole of it, where roundings go on from block to block."""
+    """The two phases of sparsessm_obs alone, and the whole of it, where roundings go on from layer to layer."""
     masks, value = pruned(demo, None, "sparsessm_obs", compensated)
     expected, by_reference = pruned(demo, "ref", "sparsessm_obs", compensated)
     entries = sum(mask.numel() for mask in masks.values())

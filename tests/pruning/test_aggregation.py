@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from sparsessm.pruning.aggregation import AGGREGATES, Aggregator, time_weights
+from sparsessm.pruning.aggregation import WEIGHTS, Aggregator, time_weights
+from sparsessm.pruning.methods import AGGREGATES
 from sparsessm.pruning.patterns import Columns, NofM, Unstructured
 
 L, D, N = 11, 3, 8
@@ -120,4 +121,6 @@ def test_weighted_rules_sum_over_time(scores, rule):
 
 
 def test_every_rule_of_the_specification_is_there():
-    assert set(AGGREGATES) == {"vote", "sum", "power", "discount", "linear", "window"}
+    assert set(AGGREGATES) == {"vote", *WEIGHTS} == {"vote", "sum", "power", "discount", "linear", "window"}
+    with pytest.raises(ValueError, match="unknown aggregate 'median', known are vote, sum"):
+        time_weights("median", 3)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sparsessm.pruning.budget import MEASURED_AT, budget, error_curve
+from sparsessm.pruning.budget import MEASURED_AT, budget, error_curve, in_whole_entries
 
 
 def parts(seed=0, count=6):
@@ -63,3 +63,18 @@ def test_parts_that_cost_the_same_give_the_same():
 def test_the_part_that_costs_less_gives_more():
     found = budget({"dear": (1000, [1.0, 3.0, 9.0]), "cheap": (1000, [0.01, 0.03, 0.09])}, 0.5)
     assert found["cheap"] > found["dear"]
+
+
+def test_parts_of_a_handful_of_entries_add_up_to_the_whole():
+    """Six layers of 12 heads: rounded one by one they would give 34 of 36."""
+    shares = dict(enumerate([0.29, 0.29, 0.705, 0.62, 0.37, 0.725]))
+    sizes = dict.fromkeys(shares, 12)
+    found = in_whole_entries(sizes, shares)
+    assert sum(round(shares[i] * 12) for i in shares) == 34
+    assert [round(found[i] * 12) for i in shares] == [4, 4, 8, 7, 4, 9]
+    assert all(abs(found[i] - shares[i]) < 1 / 12 for i in shares)
+
+
+def test_large_parts_keep_their_shares():
+    shares = {"a": 0.50001, "b": 0.49999, "c": 0.50004}
+    assert in_whole_entries(dict.fromkeys(shares, 6144), shares) == shares

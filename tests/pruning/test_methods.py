@@ -1,7 +1,9 @@
 import pytest
 
-from sparsessm.pruning.aggregation import AGGREGATES
-from sparsessm.pruning.methods import METHODS
+from sparsessm import options
+from sparsessm.models import architecture
+from sparsessm.procedure.rules import RULES
+from sparsessm.pruning.methods import AGGREGATES, METHODS, SEARCHES, STRUCTURES
 from sparsessm.pruning.saliency import SALIENCIES
 
 # The method tables of the specification: saliency, aggregation over time, structure.
@@ -53,3 +55,11 @@ def test_every_part_that_a_method_names_exists():
         assert method.saliency is None or method.saliency in SALIENCIES
         assert (method.aggregate is None) == (method.saliency is None)
         assert method.aggregate is None or method.aggregate in AGGREGATES
+        assert method.structure in STRUCTURES and method.search in SEARCHES
+        assert method.weights is None or method.weights in RULES
+
+
+def test_the_names_that_the_command_line_takes_without_torch_are_those_that_there_are():
+    assert set(options.MODULE_KINDS) == architecture.MODULE_KINDS.keys()
+    mixers = {mixer for row in architecture.ARCHITECTURES.values() for mixer in row.mixers.values()}
+    assert set(STRUCTURES) == {"entries", *(structure for mixer in mixers for structure in mixer.STRUCTURES)}

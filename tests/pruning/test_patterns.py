@@ -61,7 +61,7 @@ def test_a_batch_is_chosen_slice_by_slice(pattern):
 def test_per_row_takes_the_same_number_of_every_row(sparsity):
     scores = with_ties(6, 11, values=3, seed=0)
     mask = PerRow(sparsity)(scores)
-    for row, chosen in zip(scores, mask):
+    for row, chosen in zip(scores, mask, strict=True):
         assert chosen.tolist() == first_lowest(row.tolist(), round(sparsity * 11))
 
 
@@ -69,7 +69,7 @@ def test_per_row_takes_the_same_number_of_every_row(sparsity):
 def test_n_of_m_takes_the_n_lowest_of_every_group(n, m):
     scores = with_ties(5, 24, values=3, seed=n)
     groups, chosen = scores.view(-1, m), NofM(n, m)(scores).view(-1, m)
-    for group, mask in zip(groups, chosen):
+    for group, mask in zip(groups, chosen, strict=True):
         assert mask.tolist() == first_lowest(group.tolist(), n)
 
 

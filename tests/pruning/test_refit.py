@@ -9,7 +9,8 @@ from sparsessm.pruning.refit import refit
 
 def data(rows=5, cols=7, tokens=40, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((rows, cols), (cols, tokens), (rows, tokens))]
+    shapes = (rows, cols), (cols, tokens), (rows, tokens)
+    return [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
 
 
 def test_without_damping_it_is_least_squares():
@@ -43,7 +44,7 @@ def test_inputs_never_seen_leave_their_weights_alone():
 
 def test_a_batch_of_problems_is_solved_one_by_one():
     problems = [data(rows=1, cols=4, seed=s) for s in range(3)]
-    W, H, cross = (torch.stack(parts) for parts in zip(*[(W, X @ X.T, T @ X.T) for W, X, T in problems]))
+    W, H, cross = (torch.stack(parts) for parts in zip(*[(W, X @ X.T, T @ X.T) for W, X, T in problems], strict=True))
     together = refit(W, H, cross)
     for i in range(3):
         torch.testing.assert_close(together[i], refit(W[i], H[i], cross[i]))

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsessm.kernels.selective_scan import ScanMoments, selective_scan
-from sparsessm.pruning.saliency import SALIENCIES
+from sparsessm import options
+from sparsessm.kernels.selective_scan import ScanStatistics, selective_scan
+from sparsessm.pruning.saliency import SALIENCIES, register_saliency
 
 B, L, D, N = 3, 9, 4, 5
 
@@ -40,9 +41,9 @@ def brute_force(inputs, A_log, name):
 @pytest.mark.parametrize("name", ["a_log", "transition"])
 def test_saliency_of_every_step_against_explicit_states(scan_inputs, name):
     saliency, A_log = SALIENCIES[name], torch.log(-scan_inputs["A"])
-    moments = ScanMoments.zeros(saliency.needs, L, D, N, "cpu")
-    selective_scan(**scan_inputs, moments=moments)
-    scores = saliency.score(A_log, moments.h2, moments.abar)
+    statistics = ScanStatistics.zeros(saliency.needs, L, D, N, "cpu")
+    selective_scan(**scan_inputs, statistics=statistics)
+    scores = saliency(A_log, statistics)
     assert scores.shape == (L, D, N)
     assert not scores[0].any()
     np.testing.assert_allclose(scores.double().numpy(), brute_force(scan_inputs, A_log, name), rtol=2e-4, atol=1e-9)
@@ -52,15 +53,44 @@ def test_magnitude_needs_no_data():
     A_log = torch.tensor([[-2.0, 0.5], [0.0, -0.0]])
     saliency = SALIENCIES["magnitude"]
     assert saliency.needs == ()
-    assert saliency.score(A_log, None, None).tolist() == [[[2.0, 0.5], [0.0, 0.0]]]
+    assert saliency.score(A_log).tolist() == [[[2.0, 0.5], [0.0, 0.0]]]
 
 
 def test_a_log_squares_the_logarithm_and_not_the_transition():
     """A_log = 0 is never salient, however large the state; its sign does not matter."""
-    scores = SALIENCIES["a_log"].score(torch.tensor([[0.0, 2.0, -2.0]]), torch.full((1, 1, 3), 5.0), None)
+    scores = SALIENCIES["a_log"].score(torch.tensor([[0.0, 2.0, -2.0]]), torch.full((1, 1, 3), 5.0))
     assert scores.tolist() == [[[0.0, 20.0, 20.0]]]
 
 
 def test_transition_squares_the_sum_over_samples():
     scores = SALIENCIES["transition"].score(torch.zeros(1, 1), torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 3.0))
     assert scores.item() == 18.0
+
+
+@pytest.fixture
+def registry():
+    """The table of saliencies, as it was again afterwards."""
+    before = dict(SALIENCIES)
+    yield SALIENCIES
+    SALIENCIES.clear()
+    SALIENCIES.update(before)
+
+
+def test_a_registered_saliency_gets_the_sums_that_it_needs_by_their_names(registry, prune, tiny_model):
+    register_saliency("calm", lambda A_log, abar, h2: abar * h2 + 0 * A_log, needs=("h2", "abar"), source="here")
+    statistics = ScanStatistics(h2=torch.full((1, 1, 2), 2.0), abar=torch.full((1, 1, 2), 3.0))
+    assert registry["calm"](torch.zeros(1, 2), statistics).tolist() == [[[6.0, 6.0]]]
+    (mask,) = prune(tiny_model(), "prune_A", method="sparsessm", saliency="calm", sparsity=0.5, stop=1).values()
+    assert int(mask.sum()) == mask.numel() // 2
+    words = ["demo", "demo", "--method", "sparsessm", "--prune_A", "--sparsity", "0.5", "--saliency", "calm"]
+    assert options.parse(words)[0].recipe.saliency == "calm"
+
+
+@pytest.mark.parametrize(("name", "needs", "says"), [
+    ("a_log", (), "taken"), ("two words", (), "no plain word"), ("mine", ("h3",), "unknown sums h3, known are h2, abar"),
+])  # fmt: skip
+def test_what_cannot_be_registered_is_refused(registry, name, needs, says):
+    before = dict(registry)
+    with pytest.raises(ValueError, match=says):
+        register_saliency(name, lambda A_log: A_log, needs)
+    assert registry == before

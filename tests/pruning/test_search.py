@@ -30,7 +30,7 @@ def literal_greedy(G, k):
     return mask
 
 
-def test_cost_of_a_set_is_the_energy_of_its_summed_errors():
+def test_cost_of_a_set_is_the_square_of_its_summed_errors():
     g = torch.Generator().manual_seed(0)
     e = torch.randn(4, 9, 5, generator=g, dtype=torch.float64)  # (D,tokens,N)
     mask = torch.rand(4, 5, generator=g) < 0.5

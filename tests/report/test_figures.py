@@ -57,7 +57,8 @@ def test_wide_masks_share_columns_and_deep_models_turn_the_map(tmp_path, write_r
     cells = figures.state_map(record)
     assert cells.rows == ("0", "1") and len(cells.columns) == 20 and cells.values[1][7] == 3 / 800
     assert svg.mask_map(strips).count("<image") == 20 and 'class="masks wide"' in svg.mask_map(strips)
-    big = figures.HeatMap("k", "t", tuple("ab" * 11), tuple(map(str, range(20))), ((0.25,) * 20, (0.75,) * 20) * 11, "r", "c")
+    rows = ((0.25,) * 20, (0.75,) * 20) * 11
+    big = figures.HeatMap("k", "t", tuple("ab" * 11), tuple(map(str, range(20))), rows, "r", "c")
     assert svg.heat_map(big).count("<image") == 1 and "<rect" in svg.heat_map(cells)
 
 

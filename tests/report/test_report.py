@@ -30,7 +30,7 @@ def page(experiments, run_report, tmp_path_factory):
 class Page(HTMLParser):
     """Tables as rows of cells (value, text), the kinds of elements, attributes of links, and what was left open."""
 
-    VOID = {"meta", "br", "img", "input", "link", "hr"}
+    VOID = frozenset({"meta", "br", "img", "input", "link", "hr"})
 
     def __init__(self, text):
         super().__init__()
@@ -61,7 +61,7 @@ class Page(HTMLParser):
             self.table = None
 
     def handle_data(self, data):
-        if self.table and self.table[-1] and self.open[-1] not in ("span",) or (self.table and "td" in self.open):
+        if (self.table and self.table[-1] and self.open[-1] not in ("span",)) or (self.table and "td" in self.open):
             self.table[-1][-1][1] += data
 
 

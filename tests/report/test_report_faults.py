@@ -12,7 +12,8 @@ import pytest
 from sparsessm.report.report import write_report
 from sparsessm.report.results import read_runs
 
-ODD = [float("inf"), float("nan"), "x", "", [], {}, {"a": {"b": []}}, None, -1, True, 1e308, 1 << 70, [[1]], {"a": float("inf")}]
+INF, NAN = float("inf"), float("nan")
+ODD = [INF, NAN, "x", "", [], {}, {"a": {"b": []}}, None, -1, True, 1e308, 1 << 70, [[1]], {"a": INF}]
 
 
 @pytest.fixture
@@ -50,7 +51,9 @@ def test_any_value_in_an_event(one_run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["options.json", "metrics.json", "sparsity.json", "events.jsonl", "masks.safetensors"])
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", '"x"', "[" * 100_000, '{"a":' * 100_000, "\x00\xff"], ids=lambda t: t[:4])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "7", "null", '"x"', "[" * 100_000, '{"a":' * 100_000, "\x00\xff"], ids=lambda t: t[:4]
+)
 def test_any_text_in_any_file(one_run, tmp_path, name, text):
     (one_run / name).write_text(text)
     assert "dense" in page(tmp_path / "e", tmp_path / "r.html")

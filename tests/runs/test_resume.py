@@ -44,7 +44,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(undisturbed, tmp_path):
     rng, out, runs = random.Random(0), tmp_path / "out", tmp_path / "runs"
     process = command(*WORDS, "--base_dir", str(runs), "--save", str(out))
     kills = 0
-    while kills < 3 and (before := progress(runs)) < 10:  # of 17 records; a kill after the last would be none
+    while kills < 3 and (before := progress(runs)) < 10:  # of 22 records; a kill after the last would be none
         while progress(runs) == before and process.poll() is None:
             time.sleep(0.01)  # until it has got further than last time
         time.sleep(rng.uniform(0, 0.4))

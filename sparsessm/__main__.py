@@ -1,0 +1,39 @@
+"""The command, for `python -m sparsessm`, for the installed `sparsessm`, and for main.py.
+
+Nothing here or in what it imports waits for torch, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from sparsessm.errors import FAULT, INTERRUPTED, UNUSABLE, InputError, ending_by_signals
+from sparsessm.options import parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0; 2 for what the user can correct, 130 after an interruption, 1 for a fault, each with one line.
+
+    argv: the words after the program's name, by default those of this process.
+    """
+    with ending_by_signals():
+        try:
+            chosen, resumed = parse(sys.argv[1:] if argv is None else argv)  # which serves --help
+            from sparsessm.run import command
+        except InputError as error:
+            if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+                print(f"error: {error}", file=sys.stderr)
+            return UNUSABLE
+        except ImportError as error:
+            print(f"error: {error}: pip install -r requirements.txt", file=sys.stderr)
+            return FAULT
+        except KeyboardInterrupt:
+            print("interrupted before anything was begun", file=sys.stderr)
+            return INTERRUPTED
+        return command(chosen, resumed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

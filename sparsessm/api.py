@@ -1,0 +1,176 @@
+"""The public functions, for notebooks and other people's scripts. `import sparsessm` gives them; see docs/EXTENDING.md."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsessm.corpora import text
+from sparsessm.errors import InputError
+from sparsessm.layerwise.parity import check_parity
+from sparsessm.layerwise.stream import Stream
+from sparsessm.metrics.perplexity import perplexity as perplexity_of
+from sparsessm.models import checkpoint, saving
+from sparsessm.models.architecture import Layout, targets
+from sparsessm.models.history import History, Ledger, read_history
+from sparsessm.models.place import check_target
+from sparsessm.models.tokenizing import load_tokenizer
+from sparsessm.options import PLACES, Options
+from sparsessm.procedure.driver import Job, no_report
+from sparsessm.procedure.fitness import check_model
+from sparsessm.procedure.plan import plan_of
+from sparsessm.procedure.prune import prune as prune_by_plan
+from sparsessm.result import Result, result_of, versions
+
+# What `prune` calls the two phases of the paper, and the option that asks for each.
+PARTS = {"A_log": "prune_A", "weights": "prune_layers"}
+
+# What models have lost before, by the model: what `load` found and `prune` did.
+_histories: WeakKeyDictionary[PreTrainedModel, History] = WeakKeyDictionary()
+# Options of the last run, for the record of `save`.
+_runs: WeakKeyDictionary[PreTrainedModel, dict[str, Any]] = WeakKeyDictionary()
+
+
+def load(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model on the CPU as stock `transformers` loads it, and its tokenizer.
+
+    Args:
+        name: a hub id, a folder in the Hugging Face or the state-spaces layout, or "demo".
+        dtype: of the weights: auto, float32, bfloat16, float16; A_log is float32 in any case.
+
+    Raises:
+        sparsessm.errors.InputError: one line that says what is wrong and what to do.
+    """
+    source = checkpoint.find(name)
+    tokenizer = load_tokenizer(source)
+    model = checkpoint.load(source, dtype)
+    _histories[model] = read_history(source.folder, Layout(model))
+    return model, tokenizer
+
+
+def calibration(
+    dataset: str, tokenizer: PreTrainedTokenizerBase, *, nsamples: int = 128, seqlen: int = 2048, seed: int = 0,
+    data_dir: str | Path | None = None,
+) -> Tensor:  # fmt: skip
+    """Calibration windows (nsamples,seqlen) int64, drawn as the command line draws them (SparseSSM, section 4.1).
+
+    Args:
+        dataset: wikitext2, ptb, c4, demo, or a folder with train.txt or valid.txt. data_dir: with local copies.
+
+    Raises:
+        sparsessm.errors.InputError: the text cannot be had, or is too short.
+    """
+    return text.calibration_windows(dataset, tokenizer, nsamples, seqlen, seed, data_dir).ids
+
+
+def evaluation(
+    dataset: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: int = 2048, windows: int | None = None,
+    data_dir: str | Path | None = None,
+) -> Tensor:  # fmt: skip
+    """The test text in windows (n,seqlen) int64; `windows` keeps the first ones.
+
+    Raises:
+        sparsessm.errors.InputError: the text cannot be had, or is shorter than a window.
+    """
+    return text.cut_windows(text.evaluation_stream(dataset, tokenizer, seqlen, data_dir).ids, seqlen, windows)
+
+
+def perplexity(
+    model: PreTrainedModel, windows: Tensor, *, batch: int = 8, device: str = "auto", offload: str = "cpu"
+) -> float:
+    """exp of the mean negative log likelihood of L-1 tokens in each of the windows (n,L); no number beyond exp(700).
+
+    Args:
+        batch: windows that go through a layer together. device: where layers compute. offload: where windows wait.
+
+    Raises:
+        sparsessm.errors.DivergenceError: a layer or the head puts out values that are not finite.
+    """
+    return perplexity_of(Layout(model), windows, device=_device(device), offload=offload, batch=batch).value
+
+
+def prune(
+    model: PreTrainedModel,
+    windows: Tensor,
+    method: str = "sparsessm_obs",
+    *,
+    sparsity: float | None = None,
+    parts: Sequence[str] = ("A_log",),
+    device: str = "auto",
+    offload: str = "cpu",
+    report: Callable[..., None] = no_report,
+    **options: Any,
+) -> Result:
+    """Prunes a model in place, as the command line would; what it had lost before stays so, and counts.
+
+    Args:
+        windows: (n,L) int64 calibration windows of token ids, from `calibration` or your own.
+        method: a name of METHODS (README.md). sparsity: share of the entries to prune, between 0 and 1.
+        parts: "A_log", "weights" or both. options: flags of the command line by their names, as prunen=2, prunem=4.
+        report: called for each finished layer, report(phase, layer, **figures).
+
+    Returns:
+        Masks by parameter name, shares that are gone, and what `save` needs to know.
+
+    Raises:
+        sparsessm.errors.InputError: options or a model that cannot be pruned so, before anything is changed; or a model
+            that stock `transformers` of this version computes in another way.
+        sparsessm.errors.NumericalError: a Hessian or a stream without finite values, with the parameter's name.
+    """
+    unknown = sorted(set(parts) - PARTS.keys()) + sorted(set(options) - {spec.name for spec in dataclasses.fields(Options)})
+    if unknown:
+        raise InputError(f"prune knows no {unknown[0]}: parts are {', '.join(PARTS)}, options are the command line's flags")
+    asked: dict[str, Any] = {flag: part in parts for part, flag in PARTS.items()}
+    count, seqlen = windows.shape
+    chosen = Options(
+        model="-", dataset="-", method=method, sparsity=sparsity, nsamples=count, seqlen=seqlen, **asked, **options
+    )
+    layout, where = Layout(model), _device(device)
+    first, stop = check_model(chosen, layout)
+    check_parity(layout, "the model", where)
+    history = _histories[model] if model in _histories else read_history(None, layout)
+    ledger = Ledger(layout, history)
+    modules = {name: module for layer in layout.layers for name, module in layout.modules(layer).items()}
+    plan = plan_of(chosen, targets(modules, chosen.target_modules, chosen.module))
+
+    def embed() -> Stream:
+        return Stream.embed(
+            layout, windows, device=where, offload=offload, batch=chosen.calib_batch, gone=history.present()
+        )
+
+    removed = prune_by_plan(Job(layout, embed, first, stop, report), plan, windows)
+    result = result_of(history, ledger, removed)
+    _runs[model] = {key: value for key, value in dataclasses.asdict(chosen).items() if key not in PLACES}
+    _histories[model] = history.followed_by(result.masks, result.past, {"options": _runs[model]})
+    return result
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, result: Result | None = None, *,
+    overwrite: bool = False, layout: str = "hf",
+) -> Path:  # fmt: skip
+    """Writes a checkpoint that stock `transformers` opens, with masks.safetensors and sparsessm.json; whole or not at all.
+
+    Args:
+        result: of `prune`. overwrite: replace the checkpoint in a folder that is not empty; its other files stay.
+        layout: "hf", or "state-spaces" for mamba-ssm.
+
+    Raises:
+        sparsessm.errors.InputError: the folder holds something, or cannot be written.
+    """
+    target = str(Path(folder).expanduser().absolute())
+    check_target(target, Path(model.name_or_path or "-"), overwrite=overwrite, runs=None, own=None)
+    result = result or Result()
+    record = {"versions": versions(), "sparsity": result.sparsity, "options": _runs.get(model, {}), **result.past}
+    return saving.save(model, tokenizer, result.masks, record, target, layout=layout)
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

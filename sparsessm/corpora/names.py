@@ -1,0 +1,3 @@
+"""The data sets that have a name."""
+
+DATASETS = ("wikitext2", "ptb", "c4", "demo")

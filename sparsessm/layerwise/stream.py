@@ -1,0 +1,101 @@
+"""The residual stream of all windows between two layers, and the loop over the layers that moves it on.
+
+    stream = Stream.embed(layout, windows, ...)
+    for layer in each_layer(layout, stream):
+        ...                                   # look at the inputs of the layer, change its weights
+    # stream.hidden is now what leaves the last layer
+
+Every layer passes its activations on, whether it is of interest or not. A layer is on the compute device while it is
+visited and goes back afterwards; the stream waits elsewhere in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsessm.layerwise import distributed
+from sparsessm.layerwise.memory import DiskTensor, allocate, default_budget
+from sparsessm.models.architecture import Call, Layout
+
+# Time steps that go through a layer together: what bounds memory instead of the length of a window.
+STEPS_AT_ONCE = 128
+
+
+@dataclass
+class Stream:
+    """The residual stream of this process's windows.
+
+    Attributes:
+        hidden: (n,L,M), in main memory, on the device, or in a file.
+        device: where layers compute.
+        batch: windows that go through a layer together.
+        total: windows in all processes together.
+        budget: bytes that a layer may keep of what it has computed for its second pass.
+        calls: how each layer is called, by the number of windows in a batch.
+        gone: by parameter name, True where an entry was pruned before this run (models.history).
+        steps: time steps that go through a layer together.
+    """
+
+    hidden: Tensor | DiskTensor
+    device: torch.device
+    batch: int
+    total: int
+    budget: int
+    calls: dict[int, list[Call]] = field(default_factory=dict)
+    gone: Mapping[str, Tensor] = field(default_factory=dict)
+    steps: int = STEPS_AT_ONCE
+
+    @classmethod
+    @torch.no_grad()
+    def embed(
+        cls,
+        layout: Layout,
+        windows: Tensor,
+        *,
+        device: torch.device | str,
+        offload: torch.device | str,
+        batch: int,
+        budget: int | None = None,
+        scratch: str | Path | None = None,
+        gone: Mapping[str, Tensor] | None = None,
+        steps: int | None = None,
+        share: bool = True,
+    ) -> Stream:
+        """What enters the first layer for windows (n,L) of token ids; of several processes each takes its share, or all.
+
+        offload: where the stream waits, a device, or "disk" for a file in `scratch`. budget: bytes, by default a share of
+                what is free.
+        """
+        device, dtype = torch.device(device), layout.stream_dtype
+        mine = distributed.share(windows, batch) if share else windows
+        width = layout.model.get_input_embeddings().weight.shape[1]
+        hidden = allocate((*mine.shape, width), dtype, offload, scratch)
+        budget = default_budget(device) if budget is None else budget
+        stream = cls(hidden, device, batch, len(windows), budget, gone=gone or {}, steps=steps or STEPS_AT_ONCE)
+        for rows in stream.batches():
+            entered, calls = layout.enter(mine[rows].to(layout.home))
+            hidden[rows, :] = entered.to(dtype)
+            stream.calls.setdefault(rows.stop - rows.start, [call.to(device) for call in calls])
+        return stream
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def batches(self) -> list[slice]:
+        return [slice(start, min(start + self.batch, len(self))) for start in range(0, len(self), self.batch)]
+
+    def beside(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | DiskTensor:
+        """(n,rows,columns) of any content, where the stream waits."""
+        shape = len(self), rows, columns
+        if isinstance(self.hidden, DiskTensor):
+            return allocate(shape, dtype, "disk", self.hidden.folder)
+        return allocate(shape, dtype, self.hidden.device)
+
+    def pieces(self) -> list[slice]:
+        L = self.hidden.shape[1]
+        return [slice(start, min(start + self.steps, L)) for start in range(0, L, self.steps)]

@@ -1,0 +1,45 @@
+"""The dense perplexities that the paper's tables give, to tell a broken set-up from a finding."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+TABLES = Path(__file__).resolve().parent / "paper_tables.json"
+SEQLEN = 2048  # tokens per window in the published tables
+TOLERANCE = 0.01
+
+_CAUSES = (
+    "another release of the data set or of `datasets` (compare data_sha256 in metrics.json), another tokenizer, "
+    "another --dtype, or weights that are not the published ones"
+)
+
+
+@cache
+def _rows() -> dict[str, dict[str, dict[str, float]]]:
+    tables = json.loads(TABLES.read_text())["tables"]
+    return tables["ssm_50_v2"]["rows"] | tables["ssm_50"]["rows"]  # the second lacks Mamba-2
+
+
+def published_dense(model: str, dataset: str) -> float | None:
+    """The published dense perplexity of a model (mamba-130m, also as a hub id or with -hf) on a data set, if any."""
+    row = _rows().get(Path(model).name.removesuffix("-hf"), {})
+    return row.get("dense", {}).get(dataset)
+
+
+def dense_warning(model: str, dataset: str, perplexity: float, *, seqlen: int, all_windows: bool) -> str | None:
+    """A line to print where a measured dense perplexity is over 1 % off the published one; None where it is not.
+
+    Only runs with the tables' window length over the whole text can be compared.
+    """
+    published = published_dense(model, dataset)
+    if published is None or seqlen != SEQLEN or not all_windows:
+        return None
+    off = perplexity / published - 1
+    if abs(off) <= TOLERANCE:
+        return None
+    return (
+        f"dense perplexity of {model} on {dataset} is {perplexity:.2f}, published {published:.2f} ({off:+.1%}); "
+        f"likely causes: {_CAUSES}"
+    )

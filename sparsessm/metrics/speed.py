@@ -1,0 +1,225 @@
+"""What sparsity buys at inference: checkpoints side by side, run by stock transformers.
+
+The checkpoints take turns, round after round, each round in another order, so that the drift of a shared machine hits
+all of them alike; ratios are taken within a round. Something is called faster only where three rounds of four say so.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sparsessm.errors import InputError
+from sparsessm.models import checkpoint
+from sparsessm.models.checkpoint import Source
+from sparsessm.models.place import MASKS
+
+# Times closer than this are called the same.
+_SAME_TIME = 0.05
+# Sizes closer than this are called the same: headers of files differ by some bytes.
+_SAME_SIZE = 0.001
+
+_SMALLER = {"memory": "less memory", "state": "a smaller state", "file": "a smaller file"}
+_LARGER = {"memory": "more memory", "state": "a larger state", "file": "a larger file"}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What it takes to run a checkpoint.
+
+    Attributes:
+        prefill: seconds per token of the prompts, in each round. decode: seconds per generated token, in each round. A
+            batch of B sequences has B tokens at each position.
+        parameters: how many there are, tied ones once. nonzero: the share of them that is neither zero nor marked as
+            pruned in masks.safetensors.
+        parameter_bytes, file_bytes: in memory and on disk. state_bytes: what all sequences carry from token to token.
+        peak_bytes: most that the device's allocator held for this model, None where the device does not count.
+    """
+
+    name: str
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+    parameters: int
+    nonzero: float
+    parameter_bytes: int
+    state_bytes: int
+    file_bytes: int
+    peak_bytes: int | None = None
+
+    @property
+    def memory(self) -> int:
+        """Bytes: the peak where it is known, else what is resident while decoding, parameters and state."""
+        return self.parameter_bytes + self.state_bytes if self.peak_bytes is None else self.peak_bytes
+
+
+@torch.no_grad()
+def measure(
+    names: Sequence[str], *, device: torch.device | str, prompt: int, tokens: int, batch: int, rounds: int
+) -> list[Costs]:
+    """Times all checkpoints on the same random prompts (batch,prompt), each continued greedily by `tokens`.
+
+    Raises:
+        InputError: a length below one, or a checkpoint that cannot be read.
+    """
+    for word, value in {"prompt": prompt, "tokens": tokens, "batch": batch, "rounds": rounds}.items():
+        if value < 1:
+            raise InputError(f"--{word} must be at least 1, not {value}")
+    device = torch.device(device)
+    sources = [checkpoint.find(name) for name in names]
+    models = [checkpoint.load(source).to(device) for source in sources]  # type: ignore[arg-type]  # the wrapper's own self
+    words = min(source.config.vocab_size for source in sources)
+    ids = torch.randint(words, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    for model in models:
+        _turn(model, ids, tokens)  # warms up
+    turns: list[list[_Turn]] = [[] for _ in models]
+    for number in range(rounds):
+        for i in range(len(models)):
+            i = (i + number) % len(models)
+            turns[i].append(_turn(models[i], ids, tokens))
+    found = []
+    for source, model, mine in zip(sources, models, turns, strict=True):
+        sizes = list(model.parameters())
+        found.append(
+            Costs(
+                name=source.name,
+                prefill=tuple(turn.prefill / ids.numel() for turn in mine),
+                decode=tuple(turn.decode / (batch * tokens) for turn in mine),
+                parameters=sum(parameter.numel() for parameter in sizes),
+                nonzero=nonzero_share(source, model),
+                parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in sizes),
+                state_bytes=mine[0].state_bytes,
+                file_bytes=sum(file.stat().st_size for file in source.files),
+                peak_bytes=None if device.type != "cuda" else max(turn.peak_bytes for turn in mine),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One prompt and its continuation: seconds, and bytes of the state and at the peak."""
+
+    prefill: float
+    decode: float
+    state_bytes: int
+    peak_bytes: int
+
+
+def _turn(model: nn.Module, ids: Tensor, tokens: int) -> _Turn:
+    before = 0
+    if ids.is_cuda:
+        torch.cuda.reset_peak_memory_stats(ids.device)
+        before = torch.cuda.memory_allocated(ids.device)  # other models are there as well
+    start = _now(ids.device)
+    out = model(ids, use_cache=True, logits_to_keep=1)
+    prompted = _now(ids.device)
+    for _ in range(tokens):
+        out = model(out.logits[:, -1:].argmax(-1), cache_params=out.cache_params, use_cache=True)
+    done = _now(ids.device)
+    peak = 0
+    if ids.is_cuda:
+        own = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        peak = torch.cuda.max_memory_allocated(ids.device) - before + own
+    state = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(out.cache_params.layers))
+    return _Turn(prompted - start, done - prompted, state, peak)
+
+
+def _now(device: torch.device) -> float:
+    """The clock, once the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors of the layers of a cache, wherever this version of transformers keeps them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif type(value).__module__.startswith("transformers."):
+        yield from _tensors(vars(value))
+
+
+def nonzero_share(source: Source, model: nn.Module) -> float:
+    """Share of a checkpoint's parameters that is neither zero nor marked as pruned by the masks beside it.
+
+    Masks of states that were removed have the shape from before, and mark nothing of what is left.
+    """
+    file = source.folder / MASKS
+    masks = load_file(file) if file.is_file() else {}
+    kept = total = 0
+    for name, parameter in model.named_parameters():
+        alive = parameter.detach().cpu() != 0
+        mask = masks.get(name)
+        if mask is not None and mask.shape == alive.shape:
+            alive &= ~mask
+        kept, total = kept + int(alive.sum()), total + alive.numel()
+    return kept / total
+
+
+def cells(costs: Costs) -> dict[str, str]:
+    """One row of a table, times as medians over the rounds."""
+    row = {
+        "checkpoint": costs.name,
+        "prefill us/token": f"{statistics.median(costs.prefill) * 1e6:.1f}",
+        "decode us/token": f"{statistics.median(costs.decode) * 1e6:.1f}",
+        "parameters MiB": f"{costs.parameter_bytes / 2**20:.2f}",
+        "state KiB": f"{costs.state_bytes / 2**10:.1f}",
+    }
+    if costs.peak_bytes is not None:
+        row["peak MiB"] = f"{costs.peak_bytes / 2**20:.2f}"
+    return row | {"file MiB": f"{costs.file_bytes / 2**20:.2f}", "non-zero": f"{costs.nonzero:.1%}"}
+
+
+def verdict(costs: Sequence[Costs]) -> str:
+    """One line that says of each checkpoint what its sparsity bought against the first."""
+    first, *others = costs
+    return f"Against {first.name}: " + "; ".join(_bought(first, other) for other in others) + "."
+
+
+def _bought(first: Costs, other: Costs) -> str:
+    speed = {
+        "prefill": _ratios(first.prefill, other.prefill),
+        "decoding": _ratios(first.decode, other.decode),
+    }
+    size = {
+        "memory": other.memory / first.memory,
+        "state": other.state_bytes / first.state_bytes,
+        "file": other.file_bytes / first.file_bytes,
+    }
+    gains = [f"faster {what}" for what, ratios in speed.items() if ratios[len(ratios) // 4] > 1 + _SAME_TIME]
+    gains += [_SMALLER[what] for what, ratio in size.items() if ratio < 1 - _SAME_SIZE]
+    losses = [f"slower {what}" for what, ratios in speed.items() if ratios[-1 - len(ratios) // 4] < 1 - _SAME_TIME]
+    losses += [_LARGER[what] for what, ratio in size.items() if ratio > 1 + _SAME_SIZE]
+    figures = [f"{what} {statistics.median(ratios):.2f}x as fast" for what, ratios in speed.items()]
+    figures += [f"{what} {ratio:.3f}x" for what, ratio in size.items()]
+    price = f" at the price of {_listed(losses)}" if losses else ""
+    return f"{other.name}, {_change(first, other)}, bought {_listed(gains) or 'nothing'}{price} ({', '.join(figures)})"
+
+
+def _change(first: Costs, other: Costs) -> str:
+    """What was done to a checkpoint, as far as its numbers tell."""
+    removed, zeros = 1 - other.parameters / first.parameters, first.nonzero - other.nonzero
+    said = [f"{removed:.1%} of the parameters removed"] if removed > 0 else []
+    said += [f"{zeros:.1%} of the entries pruned in place"] if zeros > _SAME_SIZE else []
+    return " and ".join(said) or "nothing pruned"
+
+
+def _ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """How many times as fast in each round, ascending."""
+    return sorted(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

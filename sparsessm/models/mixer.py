@@ -1,0 +1,133 @@
+"""What the rest of the project knows of an SSM mixer: its forward in three steps, its A_log, and what can be taken out.
+
+A mixer of ours computes on the parameters of a stock one and stands in for it inside the stock layer's own forward. It
+shows the inputs of its modules to hooks, adds to scan statistics, and can continue a window where a piece of it ended.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsessm.kernels.matmul import linear
+
+Hooks = Mapping[str, Callable[[Tensor], None]]
+Removed = dict[str, Tensor]  # parameter name within the mixer -> bool in its shape from before, True = taken out
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a mixer remembers between two pieces of a window: conv (B,K-1,channels) inputs, state (B,...)."""
+
+    conv: Tensor
+    state: Tensor
+
+
+class ScanInputs(Protocol):
+    """What a scan reads and A_log has no part in."""
+
+    def compact(self) -> ScanInputs:
+        """The same without memory that is shared with larger tensors."""
+
+    def nbytes(self) -> int:
+        """Memory of `compact()`."""
+
+
+class ScanStatistics(Protocol):
+    """Sums that a scan adds to; see kernels.selective_scan and kernels.chunked_scan."""
+
+    counterfactual: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        """The sums that are kept: what processes add up among themselves."""
+
+    def needs_counterfactual(self) -> bool:
+        """Whether a second recurrence runs beside the first."""
+
+
+class Mixer(ABC):
+    """Our forward of one SSM mixer.
+
+    Attributes:
+        module: the stock mixer. MODULES: names of its linear and convolution modules, in the order in which data meets
+            them; the last is what leads back to the residual stream. STRUCTURES: what can be taken out whole.
+    """
+
+    MODULES: ClassVar[tuple[str, ...]]
+    STRUCTURES: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module  # transformers' own class: what it holds has no types here
+
+    @abstractmethod
+    def prepare(self, x: Tensor, conv: Tensor | None, hooks: Hooks) -> tuple[ScanInputs, Tensor]:
+        """All before the scan, which A_log has no part in: x (B,L,M), conv the last inputs of the convolution before."""
+
+    @abstractmethod
+    def scan(self, inputs: Any, state: Tensor | None, statistics: Any = None) -> tuple[Tensor, Tensor]:
+        """The scan, gate and norm: what the last module gets, (B,L,d_inner), and the state after the last step."""
+
+    def project(self, y: Tensor) -> Tensor:
+        """The last module: (B,L,d_inner) -> (B,L,M)."""
+        return apply_linear(self.module.get_submodule(self.MODULES[-1]), y)
+
+    @abstractmethod
+    def scan_statistics(
+        self, needs: tuple[str, ...], steps: int, device: torch.device | str, *, effect: str, structure: str
+    ) -> Any:
+        """Empty sums for `steps` time steps; needs names them, structure says of what (STRUCTURES, or "entries")."""
+
+    @property
+    @abstractmethod
+    def A_log(self) -> Tensor:
+        """A_log as a matrix (rows,cols), a view of the parameter: groups of N of M lie along cols."""
+
+    def scored(self, structure: str) -> Tensor:
+        """A_log in the shape (rows,cols) of the scores for a structure; whole columns of it are taken out."""
+        return self.A_log
+
+    def magnitudes(self, structure: str) -> Tensor:
+        """What saliency magnitude goes by, (rows,cols) of the scores for a structure."""
+        return self.scored(structure)
+
+    def competing(self, structure: str) -> int:
+        """Into how many groups of consecutive columns a structure falls that must lose alike."""
+        return 1
+
+    def output_gram(self, gram: Tensor) -> Tensor:
+        """G (groups,cols,cols): what the layer's output loses with sets of entries, from the sums "gram"."""
+        return gram
+
+    @abstractmethod
+    def remove(self, structure: str, columns: Tensor) -> Removed:
+        """Takes what columns (cols,) chooses out of the stock mixer."""
+
+    @abstractmethod
+    def silenced(self) -> dict[str, slice]:
+        """Rows of parameters that make the scan put out D u alone once they are zero, in every runtime."""
+
+
+def apply_linear(module: Any, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias)
+
+
+def show(hooks: Hooks, name: str, value: Tensor) -> None:
+    if name in hooks:
+        hooks[name](value)
+
+
+def keep_rows(module: nn.Module, name: str, keep: Tensor, dim: int = 0) -> Tensor:
+    """Replaces a parameter by what keep chooses along a dimension; returns what was taken out, in the shape from before."""
+    parameter = module.get_parameter(name)
+    owner, _, last = name.rpartition(".")
+    keep = keep.to(parameter.device)
+    kept = parameter.data.index_select(dim, keep.nonzero().flatten()).contiguous()
+    setattr(module.get_submodule(owner), last, nn.Parameter(kept, requires_grad=False))
+    shape = [1] * parameter.dim()
+    shape[dim] = -1
+    return (~keep).view(shape).expand(parameter.shape).contiguous()

@@ -1,0 +1,99 @@
+"""Whether what the options ask for can be done with a model: known from its config, before its weights are loaded."""
+
+from __future__ import annotations
+
+from sparsessm.errors import InputError
+from sparsessm.models.architecture import Layout, targets
+from sparsessm.options import Options
+
+
+def check_model(options: Options, layout: Layout) -> tuple[int, int]:
+    """The range of layers to prune, first <= i < stop.
+
+    Args:
+        layout: of a model without weights (checkpoint.skeleton).
+
+    Raises:
+        InputError: one line that says what to do.
+    """
+    if options.save_format == "state-spaces" and not layout.row.original:
+        raise InputError(f"--save_format state-spaces knows no {layout.model.config.model_type}: leave it out")
+    count = len(layout.layers)
+    first, stop = max(0, options.minlayer), min(options.maxlayer, count)
+    recipe = options.recipe
+    if recipe is None:
+        return first, stop
+    mixers = [mixer for i in range(first, stop) if (mixer := layout.mixer(layout.layers[i])) is not None]
+    if not mixers:
+        raise InputError(
+            f"--minlayer {options.minlayer} and --maxlayer {options.maxlayer} leave none of the model's {count} layers"
+        )
+    if recipe.removes_parts:
+        _check_parts(options, len(mixers), count)
+        return first, stop
+    structure, m = recipe.structure, options.prunem
+    if options.prune_A and structure != "entries":
+        if (first, stop) != (0, count):
+            raise InputError("removing states needs every layer, for a config has one state size: drop the layer range")
+        _check_structure(options, layout, structure)
+    cols = mixers[0].A_log.shape[1]
+    if m and options.prune_A and cols % m:
+        raise InputError(f"--prunem {m} does not divide the {cols} entries of a row of A_log")
+    if options.prune_layers:
+        _check_weights(options, layout, first, stop)
+    return first, stop
+
+
+def _check_parts(options: Options, mixers: int, layers: int) -> None:
+    steps = round(options.share * mixers)
+    if steps == 0:
+        raise InputError(f"--sparsity {options.sparsity} removes none of the {mixers} layers in range")
+    if options.removal_target == "mamba_block" and steps == layers:
+        raise InputError(f"--sparsity {options.sparsity} leaves none of the model's {steps} blocks: give a lower one")
+
+
+def _check_structure(options: Options, layout: Layout, structure: str) -> None:
+    for layer in layout.layers:
+        mixer = layout.mixer(layer)
+        if mixer is None:
+            continue
+        if structure not in mixer.STRUCTURES or structure not in layout.row.shrink:
+            able = [name for name in mixer.STRUCTURES if name in layout.row.shrink]
+            raise InputError(
+                f"--structure {structure} cannot be taken out of {layout.model.config.model_type} models"
+                + (f": use {' or '.join(able)}" if able else "")
+            )
+        size = mixer.scored(structure).shape[1]
+        removed = round(options.share * size)
+        if not 0 < removed < size:
+            raise InputError(f"--sparsity {options.sparsity} removes none or all of the {size} {_NAMES[structure]}")
+        groups = mixer.competing(structure)
+        if removed % groups:
+            raise InputError(
+                f"--sparsity {options.sparsity} removes {removed} of {size} {_NAMES[structure]}, which is not the same from "
+                f"each of {groups} groups: choose another"
+            )
+        try:
+            layout.row.shrink[structure](layout.model.config, size - removed)
+        except ValueError as error:
+            raise InputError(f"--structure {structure}: {error}") from None
+
+
+_NAMES = {"columns": "states", "heads": "heads"}
+
+
+def _check_weights(options: Options, layout: Layout, first: int, stop: int) -> None:
+    """Names of modules that there are, and groups of M that fit their columns."""
+    found = {}
+    for index in range(first, stop):
+        for name, module in layout.modules(layout.layers[index]).items():
+            found[name] = module
+            if options.prunem and name in targets({name: module}, options.target_modules, options.module):
+                columns = layout.layers[index].get_parameter(f"{module.path}.weight").shape[-1]
+                if columns % options.prunem:
+                    raise InputError(
+                        f"--prunem {options.prunem} does not divide the {columns} columns of {name}: "
+                        "choose others with --target_modules or --module"
+                    )
+    if not targets(found, options.target_modules, options.module):
+        raise InputError(f"--module {options.module} and --target_modules name no module; there are: {', '.join(found)}")

@@ -1,0 +1,155 @@
+"""What a run is to do, as data: made from the options, or by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from sparsessm.options import Options
+from sparsessm.pruning.methods import CONV_HESSIANS, PRUNED_A_LOG, SEARCHES, SHED_TARGETS
+from sparsessm.pruning.patterns import Columns, NofM, Pattern, Unstructured
+from sparsessm.pruning.saliency import SALIENCIES
+
+
+def _known(what: str, value: str | None, table: Collection[str]) -> None:
+    if value not in table:
+        raise ValueError(f"unknown {what} {value!r}, known are {', '.join(table)}")
+
+
+@dataclass(frozen=True)
+class TransitionPlan:
+    """How A_log is pruned.
+
+    Attributes:
+        saliency, aggregate, search: of their tables; parameter: of the aggregate.
+        obs: A_log is solved as a matrix instead. transition: what a pruned entry is (PRUNED_A_LOG).
+
+    Raises:
+        ValueError: a name that its table does not know.
+    """
+
+    pattern: Pattern
+    saliency: str | None = None
+    aggregate: str = "vote"
+    search: str = "independent"
+    parameter: float | None = None
+    obs: bool = False
+    transition: str = "zero"
+    percdamp: float = 0.01
+    blocksize: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.obs:
+            _known("saliency", self.saliency, SALIENCIES)
+        _known("search", self.search, SEARCHES)
+        _known("transition", self.transition, PRUNED_A_LOG)
+
+    @property
+    def structure(self) -> str:
+        """What its scores are of: "entries", or what is taken out whole."""
+        return self.pattern.removes or "entries"
+
+    def share(self, sparsity: float | None) -> TransitionPlan:
+        """The plan for a layer with a sparsity of its own."""
+        return replace(self, pattern=self.pattern.share(sparsity))
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """How linear and conv1d weights are pruned.
+
+    Attributes:
+        rule: of procedure.rules.RULES. modules: names of the modules to prune.
+        alpha: how far sparsities spread with sensitivity, 0 for uniform ones.
+        conv_hessian: "tap", one K x K Hessian per channel, or "channel", the released D x D one over channels.
+        polish: iterations toward the best weights for the mask that OBS ends with.
+
+    Raises:
+        ValueError: a name that its table does not know.
+    """
+
+    pattern: Pattern
+    rule: str
+    modules: tuple[str, ...]
+    alpha: float = 0.0
+    conv_hessian: str = "tap"
+    percdamp: float = 0.01
+    blocksize: int = 128
+    polish: int = 0
+
+    def __post_init__(self) -> None:
+        _known("conv_hessian", self.conv_hessian, CONV_HESSIANS)
+
+
+@dataclass(frozen=True)
+class CompensationPlan:
+    """How the weights that stay make up for those that go.
+
+    Attributes:
+        refit: solve the mixer's last module toward the dense model's stream after the layer, whether it is pruned or not.
+        sequential: modules of a layer one after the other, each on what the pruned ones before it put out; otherwise all
+            on what the layer made of its inputs before any of them was pruned.
+        ridge: pull of the refit toward the weights as they are, as a share of the Hessian's mean diagonal.
+    """
+
+    refit: bool = False
+    sequential: bool = False
+    ridge: float = 0.1
+
+    def __bool__(self) -> bool:
+        return self.refit or self.sequential
+
+
+@dataclass(frozen=True)
+class RemovalPlan:
+    """Greedy removal: the target (SHED_TARGETS), the share of the layers in range, and what a pruned transition is."""
+
+    target: str
+    sparsity: float
+    transition: str = "zero"
+
+    def __post_init__(self) -> None:
+        _known("shed_target", self.target, SHED_TARGETS)
+
+    def steps(self, layers: int) -> int:
+        return round(self.sparsity * layers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run does: A_log, weights or both, what makes up for them, or whole parts; measured shares with allocate."""
+
+    transitions: TransitionPlan | None = None
+    weights: WeightPlan | None = None
+    compensation: CompensationPlan = CompensationPlan()
+    allocate: bool = False
+    removal: RemovalPlan | None = None
+
+
+def plan_of(options: Options, modules: tuple[str, ...]) -> Plan:
+    """The plan that the options say; modules: names of those whose weights are pruned."""
+    recipe = options.recipe
+    if recipe is None:
+        return Plan()
+    if recipe.removes_parts:
+        return Plan(removal=RemovalPlan(options.removal_target, options.share, options.pruned_transition))
+    pattern = NofM(options.prunen, options.prunem) if options.prunem else Unstructured(options.share)
+    transitions = weights = None
+    if options.prune_A:
+        removes = recipe.structure != "entries"
+        parameter = {"power": options.time_power, "discount": options.time_discount, "window": options.time_window}
+        transitions = TransitionPlan(
+            pattern=Columns(options.share, recipe.structure) if removes else pattern,
+            saliency=recipe.saliency, aggregate=recipe.aggregate or "vote", search=recipe.search,
+            parameter=parameter.get(recipe.aggregate or ""), obs=recipe.obs_on_A_log, transition=options.pruned_transition,
+            percdamp=options.percdamp, blocksize=options.blocksize,
+        )  # fmt: skip
+    if options.prune_layers:
+        assert recipe.weights is not None  # options without a rule are refused
+        weights = WeightPlan(
+            pattern=pattern, rule=recipe.weights, modules=modules,
+            alpha=options.alpha if recipe.allocation == "sensitivity" else 0.0, conv_hessian=options.conv_hessian,
+            percdamp=options.percdamp, blocksize=options.blocksize, polish=recipe.polish,
+        )  # fmt: skip
+    compensation = CompensationPlan(recipe.compensate == "out_proj", recipe.module_order == "sequential", options.ridge)
+    return Plan(transitions, weights, compensation, recipe.allocation == "output")

@@ -1,0 +1,134 @@
+"""How the weight of one module is pruned: a rule is a row. What a rule has to know of the inputs, it says itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sparsessm.layerwise.layer import Layer
+from sparsessm.layerwise.statistics import Accumulator, Gram, ShiftedGram, SquaredNorms, hessian
+from sparsessm.procedure.plan import WeightPlan
+from sparsessm.procedure.transitions import naming
+from sparsessm.pruning.obs import prune_magnitude, prune_obs, prune_wanda, refine
+from sparsessm.pruning.patterns import Pattern
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One weight to prune.
+
+    Attributes:
+        W: (rows,cols) float32, of a convolution (D,K). gone: pruned before, in the same shape. name: for messages.
+        seen: the tensor that the rule's accumulator has summed, None without one. windows: over how many of calibration.
+    """
+
+    W: Tensor
+    gone: Tensor | None
+    name: str
+    conv: bool
+    seen: Any
+    windows: int
+    plan: WeightPlan
+    pattern: Pattern
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row: `observes(layer, module, plan)` makes the accumulator or None, `solve(problem)` is (new weight, mask)."""
+
+    observes: Callable[[Layer, str, WeightPlan], Accumulator | None]
+    solve: Callable[[Problem], tuple[Tensor, Tensor]]
+
+
+def _nothing(layer: Layer, module: str, plan: WeightPlan) -> None:
+    return None
+
+
+def _magnitude(problem: Problem) -> tuple[Tensor, Tensor]:
+    return prune_magnitude(problem.W, problem.pattern, problem.gone)
+
+
+def _norms(layer: Layer, module: str, plan: WeightPlan) -> Accumulator:
+    weight, device = layer.weight(module), layer.stream.device
+    if _is_conv(weight):
+        return ShiftedGram(weight.shape[0], weight.shape[2], device)
+    return SquaredNorms(weight.shape[1], device)
+
+
+def _wanda(problem: Problem) -> tuple[Tensor, Tensor]:
+    norms = problem.seen if problem.seen.dim() == 1 else problem.seen.diagonal(dim1=-2, dim2=-1)
+    return prune_wanda(problem.W, norms, problem.pattern, problem.gone)
+
+
+def _grams(layer: Layer, module: str, plan: WeightPlan) -> Accumulator:
+    weight, device = layer.weight(module), layer.stream.device
+    if not _is_conv(weight):
+        return Gram(weight.shape[1], device=device)
+    D, _, K = weight.shape
+    return Gram(D, skip=K - 1, device=device) if plan.conv_hessian == "channel" else ShiftedGram(D, K, device)
+
+
+def _obs(problem: Problem) -> tuple[Tensor, Tensor]:
+    W, gone, H, plan = problem.W, problem.gone, hessian(problem.seen, problem.windows), problem.plan
+    turned = problem.conv and plan.conv_hessian == "channel"
+    if turned:  # (K,D): the released code's rows are the K weights
+        W, gone = W.T, None if gone is None else gone.T
+    elif problem.conv:  # (D,1,K): a problem for each channel
+        W, gone = W.unsqueeze(1), None if gone is None else gone.unsqueeze(1)
+    new, mask = prune_obs(W, H, problem.pattern, plan.blocksize, plan.percdamp, problem.name, gone)
+    if plan.polish:
+        new = refine(new, mask, W, H, plan.percdamp, plan.polish)
+    return (new.T, mask.T) if turned else (new, mask)
+
+
+RULES = {"magnitude": Rule(_nothing, _magnitude), "wanda": Rule(_norms, _wanda), "obs": Rule(_grams, _obs)}
+
+
+def rule_of(plan: WeightPlan) -> Rule:
+    """The plan's row.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if plan.rule not in RULES:
+        raise ValueError(f"unknown weight rule {plan.rule!r}, known are {', '.join(RULES)}")
+    return RULES[plan.rule]
+
+
+def _is_conv(weight: Tensor) -> bool:
+    return weight.dim() == 3
+
+
+def accumulator(layer: Layer, module: str, plan: WeightPlan) -> Accumulator | None:
+    """What the plan's rule has to see of a module's inputs, None for nothing."""
+    return rule_of(plan).observes(layer, module, plan)
+
+
+def prune_module(
+    layer: Layer,
+    module: str,
+    plan: WeightPlan,
+    seen: Tensor | None,
+    start: Tensor | None = None,
+    sparsity: float | None = None,
+) -> Tensor:
+    """Prunes one weight of a layer and returns its mask, in the weight's shape.
+
+    Args:
+        seen: what the accumulator of the plan's rule has summed. start: (rows,cols), the weights to prune instead of
+            those that are there. sparsity: where it is not that of the plan.
+    """
+    weight, name = layer.weight(module), f"{module}.weight"
+    W = start if start is not None else weight.squeeze(1) if _is_conv(weight) else weight  # (D,1,K) -> (D,K)
+    gone = layer.gone(name)
+    problem = Problem(
+        W=W.float(), gone=None if gone is None else gone.view(W.shape), name=layer.full_name(name), conv=_is_conv(weight),
+        seen=seen, windows=layer.stream.total, plan=plan, pattern=plan.pattern.share(sparsity),
+    )  # fmt: skip
+    with naming(problem.name):
+        new, mask = rule_of(plan).solve(problem)
+    layer.write(name, new)
+    return mask.reshape(weight.shape).contiguous()

@@ -1,0 +1,293 @@
+"""The steps of a run in order: load, check against stock, prune, evaluate, save, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsessm import options
+from sparsessm.corpora import text
+from sparsessm.errors import InputError, NumericalError
+from sparsessm.layerwise import distributed
+from sparsessm.layerwise.parity import check_parity
+from sparsessm.layerwise.stream import Stream
+from sparsessm.metrics import zero_shot
+from sparsessm.metrics.perplexity import perplexity
+from sparsessm.metrics.published import dense_warning
+from sparsessm.models import checkpoint, history, saving
+from sparsessm.models.architecture import Layout, targets
+from sparsessm.models.place import Place
+from sparsessm.models.tokenizing import load_tokenizer, tokenizer_sha256
+from sparsessm.options import Options
+from sparsessm.procedure.driver import Job
+from sparsessm.procedure.plan import plan_of
+from sparsessm.procedure.prune import prune
+from sparsessm.procedure.removal import RemovedParts
+from sparsessm.result import Result, result_of, versions
+from sparsessm.runs.journal import Journal, is_number
+from sparsessm.runs.tracking import Run
+
+logger = logging.getLogger("sparsessm")
+
+
+class Steps:
+    """A run whose options have been checked: its inputs, its clock, and its steps in order."""
+
+    def __init__(
+        self, chosen: Options, log: Run, journal: Journal, folder: Path, source: checkpoint.Source, device: torch.device,
+        tasks: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.chosen, self.log, self.journal, self.source, self.device = chosen, log, journal, source, device
+        self.tasks = tasks
+        budget = None if chosen.memory_budget is None else int(chosen.memory_budget * 2**30)
+        offload = {"device": device, "cpu": "cpu", "disk": "disk"}[chosen.offload]
+        self.placement: dict[str, Any] = {"device": device, "offload": offload, "budget": budget, "scratch": folder}
+        self.seconds = {"load": 0.0, "prune": 0.0, "eval": 0.0}
+        self.result = Result()
+        self.hashes: dict[str, str] = {}
+        self.notes: dict[str, str] = {}
+        self.place: Place | None = None
+
+    def close(self) -> None:
+        """Lets the place of the checkpoint go."""
+        if self.place is not None:
+            self.place.close()
+
+    def measure(self, first: int, stop: int) -> dict[str, Any]:
+        """All of the run; layers first <= i < stop are pruned."""
+        chosen = self.chosen
+        with self._timed("load"):
+            layout = self._load(first, stop)
+            model = layout.model
+        dense: dict[str, float] = {}
+        if chosen.eval_dense or not chosen.method:
+            with self._timed("eval"):
+                dense = self._evaluate(layout, "dense")
+            if not self.history:
+                self._compare_with_published(dense)
+        with self._timed("prune"):
+            self.result = result_of(self.history, self.ledger, self._prune(layout, first, stop))
+        metrics = self._metrics()
+        try:
+            with self._timed("eval"):
+                pruned = self._evaluate(layout, "pruned") if chosen.method else dense
+        except NumericalError:
+            self._save(model, metrics)  # what pruning took is not lost with a figure
+            raise
+        metrics["perplexity"] = pruned
+        metrics["dense_perplexity"] = dense if chosen.eval_dense else {}
+        if self.notes:
+            metrics["perplexity_notes"] = self.notes
+        self.log.write_json("sparsity.json", metrics.pop("counts"))
+        self.log.write_tensors(
+            "masks.safetensors", {name: mask for name, mask in self.result.masks.items() if name.endswith(".A_log")}
+        )
+        saved = self._save(model, metrics)
+        if self.tasks:
+            with self._timed("eval"):
+                metrics["zero_shot"] = self._zero_shot(model)
+        metrics["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
+        metrics["peak_memory_bytes"] = _peak_memory(self.device)
+        self.log.finish(metrics, saved)
+        self.journal.close()
+        logger.info("run: %s", self.log.folder)
+        return metrics
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Adds the time of a step to a phase; the clock is stopped only when the device is done."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        took = time.perf_counter() - start
+        self.seconds[phase] += took
+        self.log.event("phase", phase=phase, took=round(took, 3), peak_memory_bytes=_peak_memory(self.device))
+
+    def _load(self, first: int, stop: int) -> Layout:
+        """Text, tokenizer and model, checked against each other, against stock and against the interrupted run."""
+        chosen = self.chosen
+        self.tokenizer = load_tokenizer(self.source)
+        self._read_texts()
+        model = checkpoint.load(self.source, chosen.dtype)
+        self.model_hashes = {"weights": checkpoint.fingerprint(model), "tokenizer": tokenizer_sha256(self.tokenizer)}
+        self.journal.confirm("model", self.model_hashes, "the model")
+        layout = Layout(model)
+        parity = check_parity(layout, chosen.model, self.device)
+        self.log.event("parity", difference=parity.difference, where=parity.where, took=round(parity.seconds, 3))
+        self.history = history.read_history(self.source.folder, layout)
+        self.placement["gone"] = self.history.present()
+        self.ledger = history.Ledger(layout, self.history)
+        logger.info(
+            "model: %s, %d layers, %.1fM parameters; as stock transformers computes it to %.0e (%.1f s)",
+            chosen.model, len(layout.layers), self.ledger.sizes["model"] / 1e6, parity.difference, parity.seconds,
+        )  # fmt: skip
+        if self.history:
+            shares = self.ledger.shares(history.counts_of(self.history.masks))
+            told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share)
+            logger.info("pruned before (%s): %s is gone; it stays so, and counts", self.history, told)
+        self.plan = plan_of(chosen, self._modules(layout))
+        self._check_rest(layout, first, stop)
+        if chosen.save and distributed.is_main():
+            self.place = Place(chosen.save, saving.size_needed(model))
+            saving.write_tokenizer(self.tokenizer, self.place.staging)
+        return layout
+
+    def _modules(self, layout: Layout) -> tuple[str, ...]:
+        """Names of the modules whose weights are pruned, in the order in which data meets them."""
+        found = {name: module for layer in layout.layers for name, module in layout.modules(layer).items()}
+        return targets(found, self.chosen.target_modules, self.chosen.module)
+
+    def _check_rest(self, layout: Layout, first: int, stop: int) -> None:
+        """Refuses a share that is gone already of all that is named."""
+        plan, names = self.plan, []
+        if plan.transitions and plan.transitions.pattern.spreads:
+            names.append("A_log")
+        if plan.weights and plan.weights.pattern.spreads:
+            names += [f"{module}.weight" for module in plan.weights.modules]
+        full = {
+            f"{layout.layer_name(index)}.{path}.{name}"
+            for index in range(first, stop) if (path := layout.mixer_path(layout.layers[index])) for name in names
+        }  # fmt: skip
+        refusal = history.already_pruned(self.history, layout.model, full, self.chosen.share) if full else None
+        if refusal:
+            raise InputError(refusal)
+
+    def _read_texts(self) -> None:
+        chosen = self.chosen
+        self.windows: dict[str, Tensor] = {}
+        for name in chosen.evaluation_sets:
+            stream = text.evaluation_stream(name, self.tokenizer, chosen.seqlen, chosen.data_dir)
+            self.windows[name] = text.cut_windows(stream.ids, chosen.seqlen, chosen.eval_windows)
+            self.hashes[f"evaluation {name}"] = stream.sha256
+            count = len(self.windows[name])
+            logger.info("evaluation: %s; %d windows of %d tokens", stream.source, count, chosen.seqlen)
+        for name, task in self.tasks.items():
+            self.hashes[f"zero-shot {name}"] = zero_shot.documents_sha256(task)
+            logger.info("zero-shot: %s; %d documents", name, len(task.eval_docs))
+        if chosen.method:
+            self.calibration = text.calibration_windows(
+                chosen.dataset, self.tokenizer, chosen.nsamples, chosen.seqlen, chosen.seed, chosen.data_dir
+            )
+            self.hashes[f"calibration {chosen.dataset}"] = self.calibration.sha256
+            source = self.calibration.source
+            logger.info("calibration: %s; %d windows of %d tokens", source, chosen.nsamples, chosen.seqlen)
+        rows = self.source.config.vocab_size
+        for ids in (*self.windows.values(), *([self.calibration.ids] if chosen.method else [])):
+            if int(ids.max()) >= rows:
+                raise InputError(f"the text has the token id {int(ids.max())}, and the model's embedding {rows} rows")
+        self.journal.confirm("data_sha256", self.hashes, "the text")
+
+    def _evaluate(self, layout: Layout, when: str) -> dict[str, float]:
+        """Perplexity per data set; a figure that an interrupted run had taken is not taken again."""
+        found = {}
+        for index, (name, ids) in enumerate(self.windows.items()):
+            figure = self.journal.load_figures(f"{when}-{index}", _is_perplexity)
+            if figure is None:
+                placement = {key: value for key, value in self.placement.items() if key != "gone"}
+                result = perplexity(layout, ids, batch=self.chosen.eval_batch, report=self.log.report, **placement)
+                figure = {"value": result.value if math.isfinite(result.value) else None, "note": result.note}
+                self.log.event("perplexity", when=when, dataset=name, windows=result.windows, **figure)
+                self.journal.store_figures(f"{when}-{index}", figure)
+            found[name] = math.inf if figure["value"] is None else figure["value"]
+            if figure["note"]:
+                self.notes[f"{when} {name}"] = figure["note"]
+            logger.info("perplexity on %s: %.4f (%d windows)", name, found[name], len(ids))
+        return found
+
+    def _zero_shot(self, model: torch.nn.Module) -> dict[str, dict[str, Any]]:
+        """Accuracies by task and their mean; {} where none is asked for and in all processes but the first."""
+        if not self.tasks:
+            return {}
+        found = {}
+        with zero_shot.first_process_works() as works:
+            for index, (name, task) in enumerate(self.tasks.items() if works else ()):
+                figure = self.journal.load_figures(f"zero-shot-{index}", _is_accuracy)
+                if figure is None:
+                    batch, device = self.chosen.zero_shot_batch, self.device
+                    figure = zero_shot.accuracy(model, self.tokenizer, name, task, batch=batch, device=device)
+                    self.log.event("zero_shot", task=name, **figure)
+                    self.journal.store_figures(f"zero-shot-{index}", figure)
+                found[name] = figure
+                shown = f"{figure['metric']} {figure['value']:.4f} ({figure['documents']} documents)"
+                logger.info("zero-shot %s: %s", name, shown)
+        return zero_shot.with_mean(found) if found else {}
+
+    def _compare_with_published(self, dense: dict[str, float]) -> None:
+        for name, value in dense.items():
+            full = self.chosen.eval_windows is None
+            warning = dense_warning(self.chosen.model, name, value, seqlen=self.chosen.seqlen, all_windows=full)
+            if warning:
+                logger.warning("warning: %s", warning)
+
+    def _prune(self, layout: Layout, first: int, stop: int) -> RemovedParts:
+        if self.chosen.method is None:
+            return RemovedParts()
+
+        def embed() -> Stream:
+            return Stream.embed(layout, self.calibration.ids, batch=self.chosen.calib_batch, **self.placement)
+
+        job = Job(layout, embed, first, stop, self.log.report, self.journal)
+        return prune(job, self.plan, self.calibration.ids)
+
+    def _metrics(self) -> dict[str, Any]:
+        """What is known of a run once it has pruned; `counts` is for sparsity.json."""
+        metrics: dict[str, Any] = {
+            "perplexity": {}, "dense_perplexity": {}, "zero_shot": {},
+            "sparsity": self.result.sparsity, "seconds": {}, "peak_memory_bytes": {}, "versions": versions(),
+            "data_sha256": self.hashes, "model_sha256": self.model_hashes, "counts": self.result.counts,
+        }  # fmt: skip
+        if self.result.removed_layers:
+            metrics["removed_layers"] = self.result.removed_layers
+        return metrics
+
+    def _save(self, model: PreTrainedModel, metrics: Mapping[str, Any]) -> Path | None:
+        """Writes the checkpoint to the place that was taken for it."""
+        chosen = self.chosen
+        if self.place is None:
+            return None
+        kept = ("versions", "sparsity", "perplexity", "perplexity_notes", "data_sha256", "removed_layers")
+        record = {key: metrics[key] for key in kept if key in metrics}
+        record["options"] = {
+            key: value for key, value in dataclasses.asdict(chosen).items() if key not in options.PLACES
+        }
+        record |= self.result.past
+        saving.write_model(
+            model, self.result.masks, record, self.place, layout=chosen.save_format, raw_zeros=chosen.raw_zeros,
+            original_config=self.source.raw_config if self.source.layout == "state-spaces" else None,
+        )  # fmt: skip
+        self.journal.store_figures("saved", self.place.stamp)
+        saved = self.place.publish()
+        logger.info("saved: %s", chosen.save)
+        return saved
+
+
+def _is_perplexity(figure: Any) -> bool:
+    value, note = figure["value"], figure["note"]
+    return (value is None or (is_number(value) and value > 0)) and (note is None or isinstance(note, str))
+
+
+def _is_accuracy(figure: Any) -> bool:
+    known = isinstance(figure["metric"], str) and is_number(figure["value"]) and isinstance(figure["documents"], int)
+    return known and (figure["stderr"] is None or is_number(figure["stderr"]))
+
+
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak of the process since it began, and of the device's allocator."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["cuda"] = torch.cuda.max_memory_allocated(device)
+    return peak
