@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparsessm.pruning.aggregation import time_weights
 from sparsessm.pruning.methods import AGGREGATES
@@ -156,24 +157,26 @@ def perplexity_charts(records: Sequence[Record]) -> list[LineChart]:
 
 
 def state_charts(records: Sequence[Record]) -> list[LineChart]:
-    """Pruned share of A_log by state index, over all layers and channels: a chart for each model and sparsity."""
+    """Pruned share of A_log by state, or head, over all layers and channels: a chart for each model and sparsity."""
     models = short_names(record.model for record in records)
     groups: dict[tuple[Any, ...], list[tuple[Record, list[float]]]] = defaultdict(list)
     for record in records:
-        shares = [] if record.removes_parts else [mask.double().mean(0) for mask in record.masks().values()]
+        masks = {} if record.removes_parts else record.masks()
+        shares = [mask.double().mean(0) for mask in masks.values()]
         if shares and record.sparsity is not None and len({len(share) for share in shares}) == 1:
-            groups[record.model, record.sparsity].append((record, torch.stack(shares).mean(0).tolist()))
+            key = record.model, record.sparsity, _unit(masks)
+            groups[key].append((record, torch.stack(shares).mean(0).tolist()))
     charts = []
-    for (model, sparsity), found in groups.items():
+    for (model, sparsity, unit), found in groups.items():
         points = [
-            (record, state, share, f"{run_label(record)}: state {state}, {percent_text(share)}")
+            (record, state, share, f"{run_label(record)}: {unit} {state}, {percent_text(share)}")
             for record, shares in found
             for state, share in enumerate(shares)
         ]
         asked = percent_text(sparsity)
         charts.append(LineChart(
             key=slug(f"states {models[model]} {asked}"), title=f"{models[model]}: {asked} of A_log", note="mean over layers",
-            x=Axis("state index", "index"), y=Axis("pruned share", "percent"), series=_method_series(points, _OF_WEIGHTS),
+            x=Axis(f"{unit} index", "index"), y=Axis("pruned share", "percent"), series=_method_series(points, _OF_WEIGHTS),
             level=(sparsity, f"asked {asked}"),
         ))  # fmt: skip
     return charts
@@ -255,17 +258,18 @@ def share_map(record: Record) -> HeatMap | str | None:
 
 
 def state_map(record: Record) -> HeatMap | None:
-    """Pruned share of A_log by layer and state index; whatever there is more of goes across."""
+    """Pruned share of A_log by layer and state, or head; whatever there is more of goes across."""
     if record.removes_parts or not record.layers_with_masks:
         return None
-    shares = {layer: mask.double().mean(0).tolist() for layer, mask in record.masks().items()}
+    masks = record.masks()
+    unit, shares = _unit(masks), {layer: mask.double().mean(0).tolist() for layer, mask in masks.items()}
     layers, states = tuple(shares), range(max(map(len, shares.values())))
     values = [tuple(row[n] if n < len(row) else None for n in states) for row in shares.values()]
-    names, labels = (tuple(map(str, layers)), tuple(map(str, states))), ("layer", "state index")
+    names, labels = (tuple(map(str, layers)), tuple(map(str, states))), ("layer", f"{unit} index")
     if len(layers) > len(states):
         values, names, labels = list(zip(*values, strict=True)), names[::-1], labels[::-1]
     return HeatMap(
-        key=slug(f"state shares {record.name}"), title="Pruned share of A_log by layer and state", rows=names[0],
+        key=slug(f"state shares {record.name}"), title=f"Pruned share of A_log by layer and {unit}", rows=names[0],
         columns=names[1], values=tuple(values), row_label=labels[0], column_label=labels[1],
     )  # fmt: skip
 
@@ -275,6 +279,8 @@ def mask_map(record: Record) -> MaskMap | None:
     if record.removes_parts or not record.layers_with_masks:
         return None
     masks = record.masks()
+    if _unit(masks) == "head":
+        return None  # state_map shows each of them
     channels = max(len(mask) for mask in masks.values())
     per_column = -(-channels // _MASK_COLUMNS)
     layers = []
@@ -282,6 +288,11 @@ def mask_map(record: Record) -> MaskMap | None:
         pieces = mask.double().split(per_column)  # (D,N) -> of (per_column,N)
         layers.append((layer, torch.stack([piece.mean(0) for piece in pieces], 1).numpy()))
     return MaskMap(slug(f"masks {record.name}"), "Masks of A_log", tuple(layers), channels, per_column)
+
+
+def _unit(masks: Mapping[int, Tensor]) -> str:
+    """What the columns of masks are: Mamba-2 has one row, and a column for each head."""
+    return "head" if all(len(mask) == 1 for mask in masks.values()) else "state"
 
 
 def _wants_log(values: Iterable[float]) -> bool:

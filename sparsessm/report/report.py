@@ -29,7 +29,7 @@ _SHOWN = 4  # sensitivity charts in sight; further ones are folded
 _SECTIONS = {
     "results": "Results",
     "perplexity": "Perplexity against sparsity",
-    "states": "Which states were pruned",
+    "states": "Which states or heads were pruned",
     "sensitivity": "Sensitivity by layer and module",
     "weights": "Weights over time",
     "cost": "Seconds and memory",
@@ -159,8 +159,8 @@ def _leads() -> dict[str, str]:
         "hold for every part below that lists single runs.",
         "perplexity": "Lower is better. Every marker is a run; lines go through the mean of runs that differ in the seed "
         "alone. Figures share a picture only if they were taken on the same windows.",
-        "states": "The share of the channels in which A_log was pruned, by index of the state, over all layers. A level "
-        "line means that no state is preferred.",
+        "states": "The share of the channels in which A_log was pruned, by index of the state (of Mamba-2: the share of the "
+        "layers, by index of the head). A level line means that none is preferred.",
         "sensitivity": "s = Σ H<sub>ii</sub>² / columns, from the inputs of each module before weights are pruned. The "
         "most sensitive modules keep more, the least sensitive lose more (alpha).",
         "weights": "How much the score of each step of a window counts for what is pruned. With vote every step but the "

@@ -178,11 +178,12 @@ class Record:
         return shlex.join(words)
 
     def masks(self) -> dict[int, Tensor]:
-        """Masks of A_log by layer, (D,N) bool, True = pruned; of removed states, in the shape from before."""
+        """Masks of A_log by layer, (D,N) bool, True = pruned, of Mamba-2 (1,H); of what was removed, in the shape from before."""
         if not self.layers_with_masks:
             return {}
         with safe_open(self.folder / MASKS, "pt") as file:
-            return {layer: file.get_tensor(name) for layer, name in sorted(self.layers_with_masks.items())}
+            masks = {layer: file.get_tensor(name) for layer, name in sorted(self.layers_with_masks.items())}
+        return {layer: mask.view(-1, mask.shape[-1]) for layer, mask in masks.items()}
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ def _read_mask_names(path: Path) -> dict[int, str]:
             for name in file.keys():  # noqa: SIM118  (the file itself cannot be gone through)
                 place, view = _PARAMETER.search(name), file.get_slice(name)
                 shape = view.get_shape()
-                if place and place[2] == "A_log" and view.get_dtype() == "BOOL" and len(shape) == 2 and all(shape):
+                if place and place[2] == "A_log" and view.get_dtype() == "BOOL" and len(shape) in (1, 2) and all(shape):
                     found[int(place[1])] = name
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path.name} cannot be read ({error})") from None
