@@ -178,7 +178,7 @@ class Record:
         return shlex.join(words)
 
     def masks(self) -> dict[int, Tensor]:
-        """Masks of A_log by layer, (D,N) bool, True = pruned, of Mamba-2 (1,H); of what was removed, in the shape from before."""
+        """Masks of A_log by layer, (D,N) bool, True = pruned, of Mamba-2 (1,H); in the shape from before a removal."""
         if not self.layers_with_masks:
             return {}
         with safe_open(self.folder / MASKS, "pt") as file:
