@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 FAULT, UNUSABLE, INTERRUPTED = 1, 2, 130  # exit codes
@@ -123,6 +123,16 @@ def check_interrupted() -> None:
     """Raises Interrupted where a signal came at a moment that could not end the run (a call back from compiled code)."""
     if _interrupted:
         raise Interrupted("a signal")
+
+
+def require_known(what: str, name: str | None, table: Collection[str]) -> None:
+    """Refuses a name that its table does not hold.
+
+    Raises:
+        ValueError: naming what is known.
+    """
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}, known are {', '.join(table)}")
 
 
 def ending_in_one_line(function: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:

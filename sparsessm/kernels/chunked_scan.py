@@ -13,22 +13,21 @@ the place of C, the squared norms follow a recurrence of one number a head, a = 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsessm.kernels.selective_scan import EFFECTS, SUM_DTYPE
+from sparsessm.kernels.selective_scan import SUM_DTYPE, ScanSums
 
 # Time steps of a chunk: the products within a chunk grow with it, the states that are kept shrink.
 CHUNK = 32
 
 
 @dataclass
-class HeadStatistics:
-    """Sums that a scan of heads adds to; a field that is None is not computed. All tensors are SUM_DTYPE.
+class HeadStatistics(ScanSums):
+    """Sums over the states of heads.
 
     Attributes:
         h2: (T,1,H), sum over the batch of |S_{t-1}[h]|^2, the state that enters step t; by_state: (T,H,N), of each of its
@@ -37,53 +36,24 @@ class HeadStatistics:
         hh: (H,H), sum over batch and steps of <S_{t-1}[h], S_{t-1}[k]> (the Hessian of SparseGPT on A_log).
         ch2: sum over the batch of |S_t[h][:,n]|^2 C_t[n]^2 (GHOST), summed over n, (T,1,H); by_state: (T,H,N).
         gram: (1,H,H), by_state (1,N,N): sum of products of what the mixer's output loses with each head or state; the
-            mixer fills it (models.mamba2). effect says what pruned means, see selective_scan.ScanStatistics.
+            mixer fills it (models.mamba2). effect says what pruned means, see ScanStatistics.
         counterfactual: (B,H,P,N), the state with A = -1 after the last step of the scan that ran last.
     """
 
-    h2: Tensor | None = None
-    abar: Tensor | None = None
-    hh: Tensor | None = None
-    ch2: Tensor | None = None
-    gram: Tensor | None = None
-    effect: str = "zero"
     by_state: bool = False
-    counterfactual: Tensor | None = None
-
-    FIELDS: ClassVar[tuple[str, ...]] = ("h2", "abar", "hh", "ch2", "gram")
-
-    def __post_init__(self) -> None:
-        if self.effect not in EFFECTS:
-            raise ValueError(f"unknown effect {self.effect!r}, known are {', '.join(EFFECTS)}")
 
     @classmethod
     def zeros(
         cls, needs: tuple[str, ...], steps: int, H: int, N: int, device: torch.device | str, *, effect: str = "zero",
         by_state: bool = False,
     ) -> HeadStatistics:  # fmt: skip
-        """Empty sums for a scan of `steps` time steps; `needs` names the fields to be filled.
-
-        Raises:
-            ValueError: a need that is not known.
-        """
+        """Empty sums for a scan of `steps` time steps; `needs` names the fields to be filled."""
         scores = (steps, H, N) if by_state else (steps, 1, H)
         shapes = {
             "h2": scores, "abar": (steps, H, 1) if by_state else scores, "hh": (H, H), "ch2": scores,
             "gram": (1, N, N) if by_state else (1, H, H),
         }  # fmt: skip
-        unknown = [name for name in needs if name not in shapes]
-        if unknown:
-            raise ValueError(f"unknown sums {', '.join(unknown)}, known are {', '.join(shapes)}")
-        sums = {name: torch.zeros(shapes[name], dtype=SUM_DTYPE, device=device) for name in needs}
-        return cls(**sums, effect=effect, by_state=by_state)
-
-    def tensors(self) -> list[Tensor]:
-        """The sums that are kept, in the order of FIELDS: what processes add up among themselves."""
-        return [value for name in self.FIELDS if (value := getattr(self, name)) is not None]
-
-    def needs_counterfactual(self) -> bool:
-        """Whether the recurrence with A = -1 runs beside the scan."""
-        return self.gram is not None and self.effect == "unit"
+        return cls.filled(needs, shapes, device, effect=effect, by_state=by_state)
 
 
 def chunked_scan_ref(
@@ -143,17 +113,24 @@ def chunked_scan(
             raise ValueError("the reference does not stop at chunks")
         return chunked_scan_ref(u, dt, A, B, C, D, h0, statistics)
     u, dt, B, C = (tensor.float() for tensor in (u, dt, B, C))
-    scan = _Chunks(u, dt, A.float(), B)
+    scan = _Chunks(u, dt, A.float(), B, h0)
     if statistics is not None:
         _statistics(scan, u, dt, A.float(), B, C, h0, statistics)
-    y, state = scan.run(C, h0, at_chunks)
-    return y if D is None else y.addcmul_(D.float()[:, None], u), state
+    y = scan.read(C)
+    if at_chunks is not None:
+        for t, states in scan.ends():
+            at_chunks(t, states)
+    return y if D is None else y.addcmul_(D.float()[:, None], u), scan.last
 
 
 class _Chunks:
-    """What all scans over the same u, dt, A and B share; padded to whole chunks with steps that change nothing."""
+    """What all scans over the same u, dt, A, B and h0 share; padded to whole chunks with steps that change nothing.
 
-    def __init__(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> None:
+    Attributes:
+        states: (B,c,G,hP,N), those that enter each chunk. last: (B,H,P,N), the one after the last step.
+    """
+
+    def __init__(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, h0: Tensor | None) -> None:
         batch, self.steps, H, P = u.shape
         G, N = B.shape[2:]
         Q = min(CHUNK, self.steps)
@@ -166,10 +143,18 @@ class _Chunks:
         self.within = decay.float().exp_().permute(0, 1, 4, 2, 3).unflatten(2, (G, -1))  # (B,c,G,h,i,j)
         self.entering = total.float().exp_()  # (B,c,Q,H)
         leaving = (total[:, :, -1:] - total).float().exp_()
-        self.whole = total[:, :, -1].float().exp_()  # (B,c,H)
+        whole = total[:, :, -1].float().exp_()  # (B,c,H)
         self.B = self._cut(B)  # (B,c,Q,G,N)
         weighted = (x * leaving[..., None]).unflatten(3, (G, -1)).flatten(4)  # (B,c,Q,G,hP)
-        self.inflow = weighted.permute(0, 1, 3, 4, 2) @ self.B.transpose(2, 3)  # (B,c,G,hP,N)
+        # what flows in with each chunk, until the state that enters it takes its place
+        self.states = weighted.permute(0, 1, 3, 4, 2) @ self.B.transpose(2, 3)  # (B,c,G,hP,N)
+        state = self.x.new_zeros(self.states[:, 0].shape) if h0 is None else h0.float().reshape(self.states[:, 0].shape)
+        for c in range(self.states.shape[1]):
+            decay = whole[:, c].view(batch, G, -1, 1).expand(-1, -1, -1, P).reshape(batch, G, -1, 1)
+            after = torch.addcmul(self.states[:, c], decay, state)
+            self.states[:, c] = state
+            state = after
+        self.last = state.view(batch, H, P, N)
 
     def _cut(self, tensor: Tensor) -> Tensor:
         """(B,L,...) -> (B,c,Q,...)."""
@@ -179,28 +164,25 @@ class _Chunks:
             tensor = torch.cat([tensor, tensor.new_zeros(batch, missing, *tensor.shape[2:])], 1)
         return tensor.unflatten(1, (chunks, Q))
 
-    def run(
-        self, C: Tensor, h0: Tensor | None, at_chunks: Callable[[int, Tensor], None] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """y without D, (B,L,H,P), and the last state (B,H,P,N), for a C (B,L,G,N)."""
-        batch, chunks, Q, G, heads, P, N = self.sizes
+    def read(self, C: Tensor) -> Tensor:
+        """y without D, (B,L,H,P), for a C (B,L,G,N)."""
+        _, _, _, G, heads, P, _ = self.sizes
         C = self._cut(C)
         scores = C.transpose(2, 3) @ self.B.permute(0, 1, 3, 4, 2)  # (B,c,G,i,j)
         mixed = self.within * scores[:, :, :, None]  # (B,c,G,h,i,j)
         x = self.x.unflatten(3, (G, heads)).permute(0, 1, 3, 4, 2, 5)  # (B,c,G,h,Q,P)
         y = (mixed @ x).permute(0, 1, 4, 2, 3, 5).flatten(3, 4)  # (B,c,Q,H,P)
-        state = self.x.new_zeros(batch, G, heads * P, N) if h0 is None else h0.float().reshape(batch, G, heads * P, N)
-        entering = self.x.new_empty(self.inflow.shape)
-        for c in range(chunks):
-            entering[:, c] = state
-            decay = self.whole[:, c].view(batch, G, heads, 1).expand(-1, -1, -1, P).reshape(batch, G, heads * P, 1)
-            state = torch.addcmul(self.inflow[:, c], decay, state)
-            if at_chunks is not None:
-                at_chunks(min((c + 1) * Q, self.steps) - 1, state.view(batch, G * heads, P, N))
-        before = (C.transpose(2, 3) @ entering.transpose(3, 4)).unflatten(4, (heads, P))  # (B,c,G,Q,h,P)
+        before = (C.transpose(2, 3) @ self.states.transpose(3, 4)).unflatten(4, (heads, P))  # (B,c,G,Q,h,P)
         before = before.transpose(2, 3).flatten(3, 4)  # (B,c,Q,H,P)
         y = torch.addcmul(y, before, self.entering[..., None])
-        return y.flatten(1, 2)[:, : self.steps], state.view(batch, G * heads, P, N)
+        return y.flatten(1, 2)[:, : self.steps]
+
+    def ends(self) -> Iterator[tuple[int, Tensor]]:
+        """The last step of each chunk, and the states (B,H,P,N) that leave it."""
+        _, chunks, Q, *_ = self.sizes
+        for c in range(1, chunks):
+            yield c * Q - 1, self.states[:, c].view(self.last.shape)
+        yield self.steps - 1, self.last
 
 
 def _later(Q: int, device: torch.device) -> Tensor:
@@ -241,7 +223,7 @@ def _recurrence(gain: Tensor, decay: Tensor, start: Tensor | float) -> tuple[Ten
 
 def _squares(scan: _Chunks, u: Tensor, dt: Tensor, B: Tensor, abar: Tensor, h0: Tensor | None) -> Tensor:
     """(L,H): sum over the batch of |S_{t-1}[h]|^2."""
-    q, _ = scan.run(B, h0)
+    q = scan.read(B)
     heads = u.shape[2] // B.shape[2]
     inner = (u * q).sum(-1, dtype=SUM_DTYPE)  # (B,L,H)
     own = u.square().sum(-1, dtype=SUM_DTYPE) * B.square().sum(-1, dtype=SUM_DTYPE).repeat_interleave(heads, 2)
@@ -258,7 +240,7 @@ def _squares_of_states(
     w_t = S_t^T u_t is the output of the scan with the roles of u and B exchanged.
     """
     B = B.repeat_interleave(u.shape[2] // B.shape[2], 2)  # (B,L,H,N)
-    w, _ = _Chunks(B, dt, A, u).run(u, None if h0 is None else h0.transpose(2, 3))
+    w = _Chunks(B, dt, A, u, None if h0 is None else h0.transpose(2, 3)).read(u)
     step = dt.to(SUM_DTYPE)[..., None]
     wide = B.to(SUM_DTYPE)
     gain = 2 * step * wide * w - step.square() * u.square().sum(-1, keepdim=True, dtype=SUM_DTYPE) * wide.square()
@@ -281,7 +263,7 @@ def _products(scan: _Chunks, u: Tensor, dt: Tensor, B: Tensor, abar: Tensor, h0:
     inner = torch.einsum("blgn,blkn->blgk", B.to(SUM_DTYPE), B.to(SUM_DTYPE)).repeat_interleave(heads, 2)  # (B,L,H,G)
     cross = wide.new_empty(batch, steps, H, H)  # dt_h u_h . X_k^g(h)
     for g in range(G):
-        q, _ = scan.run(B[:, :, g : g + 1].expand_as(B), h0)
+        q = scan.read(B[:, :, g : g + 1].expand_as(B))
         X = q.to(SUM_DTYPE) - x * inner[..., g, None]  # (B,L,H,P)
         mine = slice(g * heads, (g + 1) * heads)
         cross[:, :, mine] = x[:, :, mine] @ X.transpose(2, 3)

@@ -14,17 +14,17 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsessm.errors import InputError
+from sparsessm.errors import InputError, require_known
 
 # Sums over samples are kept in float64: each term is a float32 product, or a float32 sum of the products of a few samples
 # of a batch, so the order in which batches (or processes) arrive moves the sum by about 1e-16 and the float32 value read
@@ -35,8 +35,55 @@ EFFECTS = ("zero", "unit", "removed")
 
 
 @dataclass
-class ScanStatistics:
+class ScanSums:
     """Sums that a scan adds to as it goes; a field that is None is not computed. All tensors are SUM_DTYPE.
+
+    `effect` says what pruned means (EFFECTS); counterfactual is not a sum: `tensors` leaves it out. What each field holds
+    is the subclass's to say.
+    """
+
+    h2: Tensor | None = None
+    abar: Tensor | None = None
+    hh: Tensor | None = None
+    ch2: Tensor | None = None
+    gram: Tensor | None = None
+    effect: str = "zero"
+    counterfactual: Tensor | None = None
+
+    FIELDS: ClassVar[tuple[str, ...]] = ("h2", "abar", "hh", "ch2", "gram")
+
+    def __post_init__(self) -> None:
+        require_known("effect", self.effect, EFFECTS)
+
+    @classmethod
+    def filled(
+        cls, needs: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], device: torch.device | str, **others: Any
+    ) -> Self:
+        """Empty sums of the fields that `needs` names, in their shapes; others: fields that are no sums.
+
+        Raises:
+            ValueError: a need that is not known.
+        """
+        unknown = [name for name in needs if name not in shapes]
+        if unknown:
+            raise ValueError(f"unknown sums {', '.join(unknown)}, known are {', '.join(shapes)}")
+        sums = cls(**others)
+        for name in needs:
+            setattr(sums, name, torch.zeros(shapes[name], dtype=SUM_DTYPE, device=device))
+        return sums
+
+    def tensors(self) -> list[Tensor]:
+        """The sums that are kept, in the order of FIELDS: what processes add up among themselves."""
+        return [value for name in self.FIELDS if (value := getattr(self, name)) is not None]
+
+    def needs_counterfactual(self) -> bool:
+        """Whether a scan has to run the recurrence with A = -1 beside its own."""
+        return self.gram is not None and self.effect == "unit"
+
+
+@dataclass
+class ScanStatistics(ScanSums):
+    """Sums over the states of channels.
 
     Attributes:
         h2: (T,D,N), sum over the batch of h_{t-1}^2, the state that enters step t (SparseSSM, theorem 1).
@@ -51,22 +98,8 @@ class ScanStatistics:
             Without a gate, silu(z_t) counts as 1.
         counterfactual: (B,D,N), h' after the last step of the scan that ran last, left there by every scan that fills
             `gram` for the effect unit. Who cuts a sequence into pieces gives it to the next piece together with h0; a scan
-            without h0 starts h' at zero, whatever stands here. Not a sum: `tensors` leaves it out.
+            without h0 starts h' at zero, whatever stands here.
     """
-
-    h2: Tensor | None = None
-    abar: Tensor | None = None
-    hh: Tensor | None = None
-    ch2: Tensor | None = None
-    gram: Tensor | None = None
-    effect: str = "zero"
-    counterfactual: Tensor | None = None
-
-    FIELDS: ClassVar[tuple[str, ...]] = ("h2", "abar", "hh", "ch2", "gram")
-
-    def __post_init__(self) -> None:
-        if self.effect not in EFFECTS:
-            raise ValueError(f"unknown effect {self.effect!r}, known are {', '.join(EFFECTS)}")
 
     @classmethod
     def zeros(
@@ -75,19 +108,11 @@ class ScanStatistics:
         """Empty sums for a scan of `steps` time steps; `needs` names the fields to be filled."""
         each = (steps, D, N)
         shapes = {"h2": each, "abar": each, "hh": (N, N), "ch2": each, "gram": (D, N, N)}
-        return cls(**{name: torch.zeros(shapes[name], dtype=SUM_DTYPE, device=device) for name in needs}, effect=effect)
-
-    def tensors(self) -> list[Tensor]:
-        """The sums that are kept, in the order of FIELDS: what processes add up among themselves."""
-        return [value for name in self.FIELDS if (value := getattr(self, name)) is not None]
+        return cls.filled(needs, shapes, device, effect=effect)
 
     def wanted(self) -> frozenset[str]:
         """The names of the sums that are kept."""
         return frozenset(name for name in self.FIELDS if getattr(self, name) is not None)
-
-    def needs_counterfactual(self) -> bool:
-        """Whether a scan has to run the recurrence with A = -1 beside its own."""
-        return self.gram is not None and self.effect == "unit"
 
     def first_counterfactual(self, h0: Tensor | None) -> Tensor | None:
         """h' before the first step of a scan that starts from h0; None is zero."""
@@ -193,8 +218,8 @@ def force_kernel(name: str | None) -> Iterator[None]:
     The environment variable SPARSESSM_SCAN does the same for a whole process.
     """
     global _forced
-    if name is not None and name not in KERNELS:
-        raise ValueError(f"unknown kernel {name!r}, known are {', '.join(KERNELS)}")
+    if name is not None:
+        require_known("kernel", name, KERNELS)
     before, _forced = _forced, name
     try:
         yield

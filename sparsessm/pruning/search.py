@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparsessm.errors import require_known
 from sparsessm.pruning.methods import SEARCHES
 from sparsessm.pruning.patterns import Columns, Pattern
 
@@ -40,8 +41,7 @@ def select(G: Tensor, pattern: Pattern, search: str = "greedy", gone: Tensor | N
     exact: of all sets of a channel the best of each size, and sizes by the convex hulls of what they cost (up to 16
     states; exchange above). Whole columns are chosen by the summed cost, with every set tried where there are few enough.
     """
-    if search not in SEARCHES:
-        raise ValueError(f"unknown search {search!r}, known are {', '.join(SEARCHES)}")
+    require_known("search", search, SEARCHES)
     G = G.double()
     if gone is not None and not pattern.removes:
         return _select_rest(G, pattern, search, gone)
