@@ -23,7 +23,7 @@ from sparsessm.corpora import text
 from sparsessm.layerwise.stream import Stream
 from sparsessm.metrics.perplexity import perplexity
 from sparsessm.models import checkpoint
-from sparsessm.models.architecture import Layout, targets
+from sparsessm.models.architecture import Layout
 from sparsessm.models.tokenizing import load_tokenizer
 from sparsessm.options import Options
 from sparsessm.procedure.driver import Job
@@ -64,7 +64,7 @@ class Bench:
         if flags:
             chosen = Options(model="demo", dataset="demo", **{key: value for given in flags for key, value in given.items()})
             windows = self.calibration(calibrate or self.dataset, nsamples or self.sizes[1], seed)
-            modules = targets(layout.modules(layout.layers[0]), chosen.target_modules, chosen.module)
+            modules = layout.targets(chosen.target_modules, chosen.module)
             job = Job(layout, lambda: Stream.embed(layout, windows, **PLACE), 0, len(layout.layers))
             prune(job, plan_of(chosen, modules), windows)
         return [perplexity(layout, self.evaluation(name), **PLACE).value for name in on or (self.dataset,)]

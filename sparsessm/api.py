@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsessm.corpora import text
 from sparsessm.errors import InputError
+from sparsessm.layerwise.memory import device_named
 from sparsessm.layerwise.parity import check_parity
 from sparsessm.layerwise.stream import Stream
 from sparsessm.metrics.perplexity import perplexity as perplexity_of
 from sparsessm.models import checkpoint, saving
-from sparsessm.models.architecture import Layout, targets
+from sparsessm.models.architecture import Layout
 from sparsessm.models.history import History, Ledger, read_history
 from sparsessm.models.place import check_target
 from sparsessm.models.tokenizing import load_tokenizer
-from sparsessm.options import PLACES, Options
+from sparsessm.options import Options
 from sparsessm.procedure.driver import Job, no_report
 from sparsessm.procedure.fitness import check_model
 from sparsessm.procedure.plan import plan_of
@@ -93,7 +93,7 @@ def perplexity(
     Raises:
         sparsessm.errors.DivergenceError: a layer or the head puts out values that are not finite.
     """
-    return perplexity_of(Layout(model), windows, device=_device(device), offload=offload, batch=batch).value
+    return perplexity_of(Layout(model), windows, device=device_named(device), offload=offload, batch=batch).value
 
 
 def prune(
@@ -132,13 +132,12 @@ def prune(
     chosen = Options(
         model="-", dataset="-", method=method, sparsity=sparsity, nsamples=count, seqlen=seqlen, **asked, **options
     )
-    layout, where = Layout(model), _device(device)
+    layout, where = Layout(model), device_named(device)
     first, stop = check_model(chosen, layout)
     check_parity(layout, "the model", where)
     history = _histories[model] if model in _histories else read_history(None, layout)
     ledger = Ledger(layout, history)
-    modules = {name: module for layer in layout.layers for name, module in layout.modules(layer).items()}
-    plan = plan_of(chosen, targets(modules, chosen.target_modules, chosen.module))
+    plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.module))
 
     def embed() -> Stream:
         return Stream.embed(
@@ -147,7 +146,7 @@ def prune(
 
     removed = prune_by_plan(Job(layout, embed, first, stop, report), plan, windows)
     result = result_of(history, ledger, removed)
-    _runs[model] = {key: value for key, value in dataclasses.asdict(chosen).items() if key not in PLACES}
+    _runs[model] = chosen.settings
     _histories[model] = history.followed_by(result.masks, result.past, {"options": _runs[model]})
     return result
 
@@ -166,11 +165,7 @@ def save(
         sparsessm.errors.InputError: the folder holds something, or cannot be written.
     """
     target = str(Path(folder).expanduser().absolute())
-    check_target(target, Path(model.name_or_path or "-"), overwrite=overwrite, runs=None, own=None)
+    check_target(target, Path(model.name_or_path or "-"), overwrite=overwrite)
     result = result or Result()
     record = {"versions": versions(), "sparsity": result.sparsity, "options": _runs.get(model, {}), **result.past}
     return saving.save(model, tokenizer, result.masks, record, target, layout=layout)
-
-
-def _device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

@@ -194,6 +194,11 @@ class Options:
         return not self.prunem and not (recipe.structure != "entries" and self.prune_A)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What is done, without where things go (PLACES)."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in PLACES}
+
+    @property
     def share(self) -> float:
         """The sparsity, where it is not N:M that says how much goes."""
         assert self.sparsity is not None

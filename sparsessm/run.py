@@ -82,7 +82,7 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
         remove_journal(resumed)
         raise InputError(f"--resume {resumed} has finished: its figures are in metrics.json")
     memory.keep_freed()
-    device = _device(chosen.device)
+    device = memory.device_named(chosen.device)
     source = checkpoint.find(chosen.model)
     first, stop = check_model(chosen, Layout(checkpoint.skeleton(source)))
     if chosen.method:
@@ -111,8 +111,7 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
         folder = Path(distributed.gather_text(str(log.folder))[0])
         journal = Journal(folder, writes=speaks)
         distributed.barrier()  # every process has read the journal before the first writes to it
-        settings = {key: value for key, value in dataclasses.asdict(chosen).items() if key not in options.PLACES}
-        journal.confirm("options", settings, "options.json")
+        journal.confirm("options", chosen.settings, "options.json")
         job = Steps(chosen, log, journal, folder, source, device, tasks)
         with _limits_named(folder):
             metrics = job.measure(first, stop)
@@ -133,17 +132,6 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
         if log is not None:
             log.close(failed)
         distributed.stop()
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name} is not available here: use cpu, or a device that torch sees") from None
-    return device
 
 
 def _quiet() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import resource
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsessm import options
 from sparsessm.corpora import text
 from sparsessm.errors import InputError, NumericalError
 from sparsessm.layerwise import distributed
@@ -27,7 +25,7 @@ from sparsessm.metrics import zero_shot
 from sparsessm.metrics.perplexity import perplexity
 from sparsessm.metrics.published import dense_warning
 from sparsessm.models import checkpoint, history, saving
-from sparsessm.models.architecture import Layout, targets
+from sparsessm.models.architecture import Layout
 from sparsessm.models.place import Place
 from sparsessm.models.tokenizing import load_tokenizer, tokenizer_sha256
 from sparsessm.options import Options
@@ -138,17 +136,12 @@ class Steps:
             shares = self.ledger.shares(history.counts_of(self.history.masks))
             told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share)
             logger.info("pruned before (%s): %s is gone; it stays so, and counts", self.history, told)
-        self.plan = plan_of(chosen, self._modules(layout))
+        self.plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.module))
         self._check_rest(layout, first, stop)
         if chosen.save and distributed.is_main():
             self.place = Place(chosen.save, saving.size_needed(model))
             saving.write_tokenizer(self.tokenizer, self.place.staging)
         return layout
-
-    def _modules(self, layout: Layout) -> tuple[str, ...]:
-        """Names of the modules whose weights are pruned, in the order in which data meets them."""
-        found = {name: module for layer in layout.layers for name, module in layout.modules(layer).items()}
-        return targets(found, self.chosen.target_modules, self.chosen.module)
 
     def _check_rest(self, layout: Layout, first: int, stop: int) -> None:
         """Refuses a share that is gone already of all that is named."""
@@ -260,10 +253,7 @@ class Steps:
             return None
         kept = ("versions", "sparsity", "perplexity", "perplexity_notes", "data_sha256", "removed_layers")
         record = {key: metrics[key] for key in kept if key in metrics}
-        record["options"] = {
-            key: value for key, value in dataclasses.asdict(chosen).items() if key not in options.PLACES
-        }
-        record |= self.result.past
+        record |= {"options": chosen.settings, **self.result.past}
         saving.write_model(
             model, self.result.masks, record, self.place, layout=chosen.save_format, raw_zeros=chosen.raw_zeros,
             original_config=self.source.raw_config if self.source.layout == "state-spaces" else None,

@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 from transformers import MambaConfig, MambaForCausalLM
 
 from sparsessm.layerwise.stream import Stream
-from sparsessm.models.architecture import Layout, targets
+from sparsessm.models.architecture import Layout
 from sparsessm.options import Options
 from sparsessm.procedure.driver import Job, no_report
 from sparsessm.procedure.plan import CompensationPlan, plan_of
@@ -108,7 +108,7 @@ def prune(tiny_windows, job):
     def run(model, what, *, windows=None, first=0, stop=None, report=no_report, **chosen):
         options = Options(model="-", dataset="-", **{what: True}, **chosen)
         windows = tiny_windows(4, 24) if windows is None else windows
-        modules = targets(Layout(model).modules(Layout(model).layers[0]), options.target_modules, options.module)
+        modules = Layout(model).targets(options.target_modules, options.module)
         plan = replace(plan_of(options, modules), compensation=CompensationPlan(), allocate=False)
         return prune_by_plan(job(model, windows, first=first, stop=stop, report=report), plan, windows).masks
 

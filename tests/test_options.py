@@ -6,7 +6,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from sparsessm import options
 from sparsessm.errors import InputError
-from sparsessm.models.architecture import Layout, targets
+from sparsessm.models.architecture import Layout
 from sparsessm.procedure.fitness import check_model
 from sparsessm.procedure.plan import plan_of
 from sparsessm.pruning.methods import METHODS
@@ -27,7 +27,7 @@ with torch.device("meta"):
 
 def plan(words):
     chosen = parse(words)
-    return plan_of(chosen, targets(SMALL.modules(SMALL.layers[0]), chosen.target_modules, chosen.module))
+    return plan_of(chosen, SMALL.targets(chosen.target_modules, chosen.module))
 
 
 BASE = ["demo", "demo"]

@@ -1,4 +1,4 @@
-"""Where the residual stream and what goes with it wait, and how much memory may be spent to save work."""
+"""Which device computes, where the residual stream waits, and how much memory may be spent to save work."""
 
 from __future__ import annotations
 
@@ -30,6 +30,22 @@ def keep_freed() -> None:
     if platform.libc_ver()[0] == "glibc":
         for setting, value in _MALLOC_SETTINGS.values():
             ctypes.CDLL(None).mallopt(setting, value)
+
+
+def device_named(name: str) -> torch.device:
+    """The device of a name, "auto" for the first GPU if there is one.
+
+    Raises:
+        InputError: torch cannot use it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name} is not available here: use cpu, or a device that torch sees") from None
+    return device
 
 
 def default_budget(device: torch.device) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from sparsessm.errors import require_known
 from sparsessm.models.mamba1 import FalconMambaMixer, Mamba1Mixer
 from sparsessm.models.mamba2 import Mamba2Mixer
 from sparsessm.models.mixer import Mixer, apply_linear
@@ -86,8 +87,7 @@ def architecture_of(config: Any) -> Architecture:
     Raises:
         ValueError: there is none.
     """
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"model_type {config.model_type!r} is not known, known are {', '.join(ARCHITECTURES)}")
+    require_known("model_type", config.model_type, ARCHITECTURES)
     return ARCHITECTURES[config.model_type]
 
 
@@ -96,12 +96,11 @@ class Module:
     """A linear or convolution module that can be pruned.
 
     Attributes:
-        path: within its layer. kind: of MODULE_KINDS. in_mixer: whether it belongs to the SSM mixer.
+        path: within its layer. kind: of MODULE_KINDS.
     """
 
     path: str
     kind: str
-    in_mixer: bool
 
 
 @dataclass(frozen=True)
@@ -165,13 +164,11 @@ class Layout:
         if mixer is None:
             return {}
         kinds = {kind: name for name, kind in MODULE_KINDS.items()}
-        return {
-            name: Module(f"{path}.{name}", kinds[type(mixer.module.get_submodule(name))], True) for name in mixer.MODULES
-        }
+        return {name: Module(f"{path}.{name}", kinds[type(mixer.module.get_submodule(name))]) for name in mixer.MODULES}
 
-    def module_names(self) -> list[str]:
-        """Names of all modules that can be pruned in some layer."""
-        return list(dict.fromkeys(name for layer in self.layers for name in self.modules(layer)))
+    def targets(self, kinds: Sequence[str], only: str | None) -> tuple[str, ...]:
+        """Names of the modules of all layers that --target_modules and --module choose, in their order."""
+        return targets({name: module for layer in self.layers for name, module in self.modules(layer).items()}, kinds, only)
 
     def parts(self) -> dict[str, str]:
         """"ssm" or "layers" for every parameter that can be pruned, by full name; all others count in "model" alone."""

@@ -11,27 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsessm.kernels.convolution import causal_conv, causal_conv_silu
 from sparsessm.kernels.matmul import linear
 from sparsessm.kernels.selective_scan import ScanStatistics, selective_scan
-from sparsessm.models.mixer import Hooks, Mixer, Removed, apply_linear, keep_rows, show
+from sparsessm.models.mixer import Hooks, Mixer, Removed, ScanInputs, apply_linear, convolved, keep_rows, show
 
 
 @dataclass(frozen=True)
-class ScanInputs:
+class ChannelInputs(ScanInputs):
     """u, z (B,L,D), and what x_proj put out, (B,L,R+2N)."""
 
     u: Tensor
     z: Tensor
     projected: Tensor
-
-    def compact(self) -> ScanInputs:
-        """The same without the memory that z shares with u as it was before the convolution."""
-        return ScanInputs(self.u, self.z.contiguous(), self.projected)
-
-    def nbytes(self) -> int:
-        """Memory of `compact()`."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.u, self.z, self.projected))
 
 
 class Mamba1Mixer(Mixer):
@@ -40,31 +31,23 @@ class Mamba1Mixer(Mixer):
     MODULES = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
     STRUCTURES = ("columns",)
 
-    def prepare(self, x: Tensor, conv: Tensor | None, hooks: Hooks) -> tuple[ScanInputs, Tensor]:
-        """See Mixer.prepare. conv: (B,K-1,D). The hook of conv1d gets these inputs as well, (B,K-1+L,D)."""
+    def prepare(self, x: Tensor, conv: Tensor | None, hooks: Hooks) -> tuple[ChannelInputs, Tensor]:
+        """See Mixer.prepare. conv: (B,K-1,D)."""
         mixer = self.module
-        D, K = mixer.conv1d.weight.shape[0], mixer.conv1d.weight.shape[-1]
         show(hooks, "in_proj", x)
         u, z = apply_linear(mixer.in_proj, x).chunk(2, dim=-1)  # (B,L,2D) -> (B,L,D), (B,L,D)
-        before = u.new_zeros(u.shape[0], K - 1, D) if conv is None else conv
-        padded = torch.cat([before, u], dim=1)  # (B,K-1+L,D)
-        show(hooks, "conv1d", padded)
-        if mixer.activation == "silu":
-            u = causal_conv_silu(padded, mixer.conv1d.weight, mixer.conv1d.bias)
-        else:
-            u = mixer.act(causal_conv(padded, mixer.conv1d.weight, mixer.conv1d.bias))
+        u, conv = convolved(mixer, u, conv, hooks)
         show(hooks, "x_proj", u)
         projected = self._normed(apply_linear(mixer.x_proj, u))  # (B,L,R+2N)
         show(hooks, "dt_proj", projected[..., : mixer.dt_proj.weight.shape[1]])
-        # a copy: a view would keep the whole piece alive
-        return ScanInputs(u, z, projected), padded[:, padded.shape[1] - (K - 1) :].clone()
+        return ChannelInputs(u, z, projected), conv
 
     def _normed(self, projected: Tensor) -> Tensor:
         """What x_proj put out, (B,L,R+2N): dt, B and C as the scan reads them."""
         return projected
 
     def scan(
-        self, inputs: ScanInputs, state: Tensor | None, statistics: ScanStatistics | None = None
+        self, inputs: ChannelInputs, state: Tensor | None, statistics: ScanStatistics | None = None
     ) -> tuple[Tensor, Tensor]:
         mixer = self.module
         R, N = mixer.dt_proj.weight.shape[1], mixer.A_log.shape[1]

@@ -13,17 +13,15 @@ One number of A_log a head: scores of entries are (1,H), scores of states (H,N).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsessm.kernels.chunked_scan import HeadStatistics, chunked_scan
-from sparsessm.kernels.convolution import causal_conv, causal_conv_silu
 from sparsessm.kernels.matmul import linear
 from sparsessm.kernels.selective_scan import SUM_DTYPE
-from sparsessm.models.mixer import Hooks, Mixer, Removed, apply_linear, keep_rows, show
+from sparsessm.models.mixer import Hooks, Mixer, Removed, ScanInputs, apply_linear, convolved, keep_rows, show
 
 # Of how many time steps one is looked at for what the output loses with each state.
 SAMPLED = 32
@@ -32,20 +30,12 @@ _LOSSES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
-class ScanInputs:
+class HeadInputs(ScanInputs):
     """mixed (B,L,DI+2GN): what the convolution put out; z (B,L,DI); dt (B,L,H) as projected."""
 
     mixed: Tensor
     z: Tensor
     dt: Tensor
-
-    def compact(self) -> ScanInputs:
-        """The same without the memory that z and dt share with what entered the convolution."""
-        return ScanInputs(self.mixed, self.z.contiguous(), self.dt.contiguous())
-
-    def nbytes(self) -> int:
-        """Memory of `compact()`."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.mixed, self.z, self.dt))
 
 
 class Mamba2Mixer(Mixer):
@@ -62,55 +52,39 @@ class Mamba2Mixer(Mixer):
         P = mixer.out_proj.weight.shape[1] // H
         return H, P, G, (mixer.conv1d.weight.shape[0] - H * P) // (2 * G)
 
-    def prepare(self, x: Tensor, conv: Tensor | None, hooks: Hooks) -> tuple[ScanInputs, Tensor]:
-        """See Mixer.prepare. conv: (B,K-1,DI+2GN). The hook of conv1d gets these inputs as well."""
-        mixer, (H, P, _, _) = self.module, self.sizes
+    def prepare(self, x: Tensor, conv: Tensor | None, hooks: Hooks) -> tuple[HeadInputs, Tensor]:
+        """See Mixer.prepare. conv: (B,K-1,DI+2GN)."""
+        mixer, (H, P, G, N) = self.module, self.sizes
         show(hooks, "in_proj", x)
-        channels, _, K = mixer.conv1d.weight.shape
-        z, mixed, dt = self._projected(apply_linear(mixer.in_proj, x)).split([H * P, channels, H], dim=-1)
-        before = mixed.new_zeros(len(mixed), K - 1, channels) if conv is None else conv
-        padded = torch.cat([before, mixed], dim=1)  # (B,K-1+L,channels)
-        show(hooks, "conv1d", padded)
-        if mixer.activation == "silu":
-            mixed = causal_conv_silu(padded, mixer.conv1d.weight, mixer.conv1d.bias)
-        else:
-            mixed = mixer.act(causal_conv(padded, mixer.conv1d.weight, mixer.conv1d.bias))
-        return ScanInputs(mixed, z, dt), padded[:, padded.shape[1] - (K - 1) :].clone()
-
-    def _projected(self, projected: Tensor) -> Tensor:
-        """What in_proj put out, (B,L,2DI+2GN+H), as it is used."""
-        return projected
-
-    def _limits(self) -> tuple[float, float]:
-        low, high = self.module.time_step_limit
-        return low, high
+        z, mixed, dt = apply_linear(mixer.in_proj, x).split([H * P, H * P + 2 * G * N, H], dim=-1)
+        mixed, conv = convolved(mixer, mixed, conv, hooks)
+        return HeadInputs(mixed, z, dt), conv
 
     def scan(
-        self, inputs: ScanInputs, state: Tensor | None, statistics: HeadStatistics | None = None
+        self, inputs: HeadInputs, state: Tensor | None, statistics: HeadStatistics | None = None
     ) -> tuple[Tensor, Tensor]:
         mixer, (H, P, G, N) = self.module, self.sizes
         u, B, C = inputs.mixed.split([H * P, G * N, G * N], dim=-1)
         u, B, C = u.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
-        dt = F.softplus(inputs.dt + mixer.dt_bias.to(inputs.dt.dtype)).clamp(*self._limits()).float()
+        dt = F.softplus(inputs.dt + mixer.dt_bias.to(inputs.dt.dtype)).clamp(*mixer.time_step_limit).float()
         A, D = -torch.exp(mixer.A_log.float()), mixer.D.float()
-        loss = None if statistics is None or statistics.gram is None else _OutputLoss(self, inputs.z, statistics.gram)
-        at_chunks = None
-        if loss is not None and statistics is not None and statistics.by_state:
-            sampled: list[tuple[int, Tensor]] = []
+        sampled: list[tuple[int, Tensor]] = []
 
-            def at_chunks(t: int, states: Tensor) -> None:
-                if (t + 1) % SAMPLED == 0:
-                    sampled.append((t, states))
+        def sample(t: int, states: Tensor) -> None:
+            if (t + 1) % SAMPLED == 0:
+                sampled.append((t, states))
 
-        first = state
-        y, state = chunked_scan(u, dt, A, B, C, D, first, statistics, at_chunks=at_chunks)
-        if loss is not None and statistics is not None:
-            if statistics.by_state:
+        gram = None if statistics is None else statistics.gram
+        by_state = statistics is not None and statistics.by_state and gram is not None
+        y, last = chunked_scan(u, dt, A, B, C, D, state, statistics, at_chunks=sample if by_state else None)
+        if statistics is not None and gram is not None:
+            loss = _OutputLoss(self, inputs.z, gram)
+            if by_state:
                 for t, states in sampled:
                     loss.add_states(y, t, states, C[:, t])
             else:
-                loss.add_heads(y, self._lost(y, u, dt, A, B, C, D, first, statistics))
-        return self._gated(y.flatten(2), inputs.z).to(inputs.mixed.dtype), state
+                loss.add_heads(y, self._lost(y, u, dt, A, B, C, D, state, statistics))
+        return mixer.norm(y.flatten(2), inputs.z).to(inputs.mixed.dtype), last
 
     @staticmethod
     def _lost(
@@ -127,19 +101,6 @@ class Mamba2Mixer(Mixer):
         heads = u.shape[2] // B.shape[2]
         own = dt * (B.float() * C.float()).sum(-1).repeat_interleave(heads, 2) + D  # what needs no state
         return y - own[..., None] * u
-
-    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
-        """What out_proj gets, (B,L,DI)."""
-        return self.module.norm(y, z)
-
-    def loss_frame(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        """How a loss of y (B,L,DI) reaches out_proj: what it is multiplied by before the norm, and after, (B,L,DI) each;
-        what the norm is taken of, None without one; and over how many channels."""
-        norm, gate = self.module.norm, F.silu(z.float())
-        return gate, norm.weight.float(), y * gate, norm.group_size
-
-    def norm_epsilon(self) -> float:
-        return self.module.norm.variance_epsilon
 
     def scan_statistics(
         self, needs: tuple[str, ...], steps: int, device: torch.device | str, *, effect: str, structure: str
@@ -181,24 +142,20 @@ class Mamba2Mixer(Mixer):
         rows = torch.cat([channels, mixed, heads])
         kept = {"in_proj.weight": rows, "in_proj.bias": rows, "conv1d.weight": mixed, "conv1d.bias": mixed}
         if structure == "heads":
-            kept |= dict.fromkeys(("A_log", "D", "dt_bias"), heads) | self._kept_of_norm(channels)
+            kept |= {"A_log": heads, "D": heads, "dt_bias": heads, "norm.weight": channels}
         present = dict(mixer.named_parameters())
         removed = {name: keep_rows(mixer, name, mask) for name, mask in kept.items() if name in present}
         if structure == "heads":
             removed["out_proj.weight"] = keep_rows(mixer, "out_proj.weight", channels, dim=1)
             mixer.num_heads = int(heads.sum())
             mixer.intermediate_size = mixer.num_heads * P
+            mixer.norm.group_size = mixer.intermediate_size // G
         mixer.ssm_state_size = int(states.sum())
         mixer.conv_dim = int(mixed.sum())
         mixer.in_proj.out_features = mixer.in_proj.weight.shape[0]
         mixer.out_proj.in_features = mixer.out_proj.weight.shape[1]
         mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = mixer.conv_dim
         return removed
-
-    def _kept_of_norm(self, channels: Tensor) -> dict[str, Tensor]:
-        """Parameters of a norm over the channels, and what they keep."""
-        self.module.norm.group_size = int(channels.sum()) // self.module.n_groups
-        return {"norm.weight": channels}
 
     def silenced(self) -> dict[str, slice]:
         """The channels of the convolution that make C: silu(0) is 0."""
@@ -214,45 +171,38 @@ class _OutputLoss:
     """
 
     def __init__(self, mixer: Mamba2Mixer, z: Tensor, gram: Tensor) -> None:
-        self.mixer, self.z, self.gram = mixer, z, gram
+        norm = mixer.module.norm
+        self.sizes, self.gram, self.gate = mixer.sizes, gram, F.silu(z.float())  # gate (B,L,DI)
+        self.weight, self.width, self.epsilon = norm.weight.float(), norm.group_size, norm.variance_epsilon
         self.W = mixer.module.out_proj.weight.data.float()  # (M,DI)
-
-    def _projected(self, x: Tensor, width: int) -> Tensor:
-        """What out_proj makes of every `width` channels of x (rows,DI) alone: (DI/width,rows,M)."""
-        of_channels = self.W.unflatten(1, (-1, width)).permute(1, 2, 0).contiguous()
-        return x.unflatten(1, (-1, width)).transpose(0, 1) @ of_channels
 
     def add_heads(self, y: Tensor, lost: Tensor) -> None:
         """y and lost (B,L,H,P): a loss of each head."""
-        H, P, _, _ = self.mixer.sizes
-        before, after, q, width = self.mixer.loss_frame(y.flatten(2), self.z)
-        v = lost.flatten(2) * before
-        rows = max(1, _LOSSES_AT_ONCE // (H * self.W.shape[0]))
-        frames: list[Any] = [None if x is None else x.expand_as(v).flatten(0, 1) for x in (v, after, q)]
-        for first in range(0, len(frames[0]), rows):
-            some: list[Any] = [None if x is None else x[first : first + rows] for x in frames]
-            v, after, q = some
-            losses = self._projected(v * after, P)  # (H,rows,M)
-            if q is not None:
-                heads = width // P  # of a norm
-                r = (q.unflatten(-1, (-1, width)).square().mean(-1) + self.mixer.norm_epsilon()).rsqrt()  # (rows,norms)
-                r = r.T.repeat_interleave(heads, 0)[..., None]  # (H,rows,1)
-                inner = (v * q).unflatten(-1, (H, P)).sum(-1).T[..., None] / width
-                losses = r * (losses - inner * r.square() * self._projected(q * after, width).repeat_interleave(heads, 0))
-            self._add(losses)
+        H, P, _, _ = self.sizes
+        width, rows = self.width, max(1, _LOSSES_AT_ONCE // (H * self.W.shape[0]))
+        of_heads, of_norms = (self.W.unflatten(1, (-1, n)).permute(1, 2, 0).contiguous() for n in (P, width))
+        frames = ((x.flatten(2) * self.gate).flatten(0, 1).split(rows) for x in (lost, y))
+        for v, q in zip(*frames, strict=True):  # (rows,DI) each
+            r = (q.unflatten(-1, (-1, width)).square().mean(-1) + self.epsilon).rsqrt()  # (rows,norms)
+            r = r.T.repeat_interleave(width // P, 0)[..., None]  # (H,rows,1)
+            inner = (v * q).unflatten(-1, (H, P)).sum(-1).T[..., None] / width
+            along = self._projected(q, of_norms).repeat_interleave(width // P, 0)  # (H,rows,M)
+            self._add(r * (self._projected(v, of_heads) - inner * r.square() * along))
+
+    def _projected(self, x: Tensor, W: Tensor) -> Tensor:
+        """What out_proj makes of parts of x (rows,DI) alone: by W (parts,DI/parts,M), (parts,rows,M)."""
+        return (x * self.weight).unflatten(1, W.shape[:2]).transpose(0, 1) @ W
 
     def add_states(self, y: Tensor, t: int, states: Tensor, C: Tensor) -> None:
         """A loss of each state at one step: states (B,H,P,N), C (B,G,N)."""
-        H, _, G, _ = self.mixer.sizes
-        before, after, q, width = self.mixer.loss_frame(y[:, t : t + 1].flatten(2), self.z[:, t : t + 1])
+        H, _, G, _ = self.sizes
+        gate = self.gate[:, t : t + 1]
         lost = states * C.float().repeat_interleave(H // G, 1)[:, :, None]  # (B,H,P,N)
-        v = lost.flatten(1, 2).mT * before  # (B,N,DI)
-        if q is not None:
-            r = (q.unflatten(-1, (-1, width)).square().mean(-1, keepdim=True) + self.mixer.norm_epsilon()).rsqrt()
-            inner = (v * q).unflatten(-1, (-1, width)).mean(-1, keepdim=True)  # (B,N,norms,1)
-            v = v.unflatten(-1, (-1, width)) - q.unflatten(-1, (-1, width)) * inner * r.square()
-            v = (r * v).flatten(2)
-        self._add(linear(v * after, self.W).transpose(0, 1))
+        v, q = ((x * gate).unflatten(-1, (-1, self.width)) for x in (lost.flatten(1, 2).mT, y[:, t : t + 1].flatten(2)))
+        r = (q.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
+        inner = (v * q).mean(-1, keepdim=True)  # (B,N,norms,1)
+        v = (r * (v - q * inner * r.square())).flatten(2)  # (B,N,DI)
+        self._add(linear(v * self.weight, self.W).transpose(0, 1))
 
     def _add(self, losses: Tensor) -> None:
         """losses (n,rows,M)."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from sparsessm.kernels.convolution import causal_conv, causal_conv_silu
 from sparsessm.kernels.matmul import linear
 
 Hooks = Mapping[str, Callable[[Tensor], None]]
@@ -28,26 +29,17 @@ class Cache:
     state: Tensor
 
 
-class ScanInputs(Protocol):
-    """What a scan reads and A_log has no part in."""
+@dataclass(frozen=True)
+class ScanInputs:
+    """What a scan reads and A_log has no part in; a subclass has tensors (B,L,any) as its fields."""
 
-    def compact(self) -> ScanInputs:
+    def compact(self) -> Self:
         """The same without memory that is shared with larger tensors."""
+        return type(self)(*(tensor.contiguous() for tensor in vars(self).values()))
 
     def nbytes(self) -> int:
         """Memory of `compact()`."""
-
-
-class ScanStatistics(Protocol):
-    """Sums that a scan adds to; see kernels.selective_scan and kernels.chunked_scan."""
-
-    counterfactual: Tensor | None
-
-    def tensors(self) -> list[Tensor]:
-        """The sums that are kept: what processes add up among themselves."""
-
-    def needs_counterfactual(self) -> bool:
-        """Whether a second recurrence runs beside the first."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in vars(self).values())
 
 
 class Mixer(ABC):
@@ -119,6 +111,24 @@ def apply_linear(module: Any, x: Tensor) -> Tensor:
 def show(hooks: Hooks, name: str, value: Tensor) -> None:
     if name in hooks:
         hooks[name](value)
+
+
+def convolved(mixer: Any, x: Tensor, before: Tensor | None, hooks: Hooks) -> tuple[Tensor, Tensor]:
+    """The causal convolution of a stock mixer with its activation: (B,L,channels) -> (B,L,channels).
+
+    before: (B,K-1,channels), the inputs before x, zero if None; those before the next piece are returned as well. The hook
+    of conv1d gets them all, (B,K-1+L,channels).
+    """
+    weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
+    channels, _, K = weight.shape
+    padded = torch.cat([x.new_zeros(len(x), K - 1, channels) if before is None else before, x], dim=1)
+    show(hooks, "conv1d", padded)
+    if mixer.activation == "silu":
+        out = causal_conv_silu(padded, weight, bias)
+    else:
+        out = mixer.act(causal_conv(padded, weight, bias))
+    # a copy: a view would keep the whole piece alive
+    return out, padded[:, padded.shape[1] - (K - 1) :].clone()
 
 
 def keep_rows(module: nn.Module, name: str, keep: Tensor, dim: int = 0) -> Tensor:

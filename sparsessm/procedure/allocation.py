@@ -10,7 +10,7 @@ from typing import Any
 from sparsessm.layerwise.layer import Layer
 from sparsessm.procedure.driver import Job, Measurement, Outcome, run_pass
 from sparsessm.procedure.plan import TransitionPlan, WeightPlan
-from sparsessm.procedure.rules import accumulator, prune_module
+from sparsessm.procedure.rules import observed, prune_module
 from sparsessm.procedure.transitions import apply_choice, choose_transitions
 from sparsessm.procedure.weights import Shares
 from sparsessm.pruning.budget import MEASURED_AT, budget, in_whole_entries
@@ -43,14 +43,11 @@ class MeasureErrors(Measurement):
                 layer.write("A_log", original.A_log)
             found["A_log"] = [layer.A_log.numel(), errors]
         if self.weights is not None:
-            made = {name: accumulator(layer, name, self.weights) for name in self.weights.modules}
-            seen = {name: sums for name, sums in made.items() if sums is not None}
-            if seen:
-                layer.observe(seen)
+            seen = observed(layer, self.weights.modules, self.weights)
             for name in self.weights.modules:
-                errors, total = [], seen[name].total if name in seen else None
+                errors = []
                 for sparsity in MEASURED_AT:
-                    prune_module(layer, name, self.weights, total, sparsity=sparsity)
+                    prune_module(layer, name, self.weights, seen.get(name), sparsity=sparsity)
                     errors.append(layer.output_error(original))
                     layer.write(f"{name}.weight", original.weight(name))
                 found[name] = [layer.weight(name).numel(), errors]

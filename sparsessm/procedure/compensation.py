@@ -13,7 +13,7 @@ from sparsessm.layerwise.layer import Layer
 from sparsessm.layerwise.statistics import CrossGram
 from sparsessm.procedure.driver import Change, Masks, Outcome, Shapes
 from sparsessm.procedure.plan import CompensationPlan, TransitionPlan, WeightPlan
-from sparsessm.procedure.rules import accumulator, prune_module
+from sparsessm.procedure.rules import observed, prune_module
 from sparsessm.procedure.transitions import apply_choice, choose_transitions, expected_of, restore_values, shaped
 from sparsessm.procedure.weights import Shares, share_of
 from sparsessm.pruning.obs import refine
@@ -87,13 +87,9 @@ class PruneCompensated(Change):
     def _prune_modules(self, layer: Layer, dense: Layer | None, plan: WeightPlan, names: tuple[str, ...]) -> Masks:
         """Prunes modules that look at their inputs together."""
         last = layer.mixer.MODULES[-1]
-        made = {name: accumulator(layer, name, plan) for name in names if name != last or dense is None}
-        seen = {name: found for name, found in made.items() if found is not None}
-        if seen:
-            layer.observe(seen)
-        masks = {}
+        seen, masks = observed(layer, [name for name in names if name != last or dense is None], plan), {}
         for name in names:
-            sums, start = seen[name].total if name in seen else None, None
+            sums, start = seen.get(name), None
             if name == last and dense is not None:
                 gram = _target(layer, dense)
                 start, sums = self._solved(layer, gram), gram.total

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from sparsessm.errors import require_known
 from sparsessm.options import Options
 from sparsessm.pruning.methods import CONV_HESSIANS, PRUNED_A_LOG, SEARCHES, SHED_TARGETS
 from sparsessm.pruning.patterns import Columns, NofM, Pattern, Unstructured
 from sparsessm.pruning.saliency import SALIENCIES
-
-
-def _known(what: str, value: str | None, table: Collection[str]) -> None:
-    if value not in table:
-        raise ValueError(f"unknown {what} {value!r}, known are {', '.join(table)}")
 
 
 @dataclass(frozen=True)
@@ -40,9 +35,9 @@ class TransitionPlan:
 
     def __post_init__(self) -> None:
         if not self.obs:
-            _known("saliency", self.saliency, SALIENCIES)
-        _known("search", self.search, SEARCHES)
-        _known("transition", self.transition, PRUNED_A_LOG)
+            require_known("saliency", self.saliency, SALIENCIES)
+        require_known("search", self.search, SEARCHES)
+        require_known("transition", self.transition, PRUNED_A_LOG)
 
     @property
     def structure(self) -> str:
@@ -78,7 +73,7 @@ class WeightPlan:
     polish: int = 0
 
     def __post_init__(self) -> None:
-        _known("conv_hessian", self.conv_hessian, CONV_HESSIANS)
+        require_known("conv_hessian", self.conv_hessian, CONV_HESSIANS)
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ class RemovalPlan:
     transition: str = "zero"
 
     def __post_init__(self) -> None:
-        _known("shed_target", self.target, SHED_TARGETS)
+        require_known("shed_target", self.target, SHED_TARGETS)
 
     def steps(self, layers: int) -> int:
         return round(self.sparsity * layers)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from sparsessm.errors import require_known
 from sparsessm.layerwise.layer import Layer
 from sparsessm.layerwise.statistics import Accumulator, Gram, ShiftedGram, SquaredNorms, hessian
 from sparsessm.procedure.plan import WeightPlan
@@ -93,8 +94,7 @@ def rule_of(plan: WeightPlan) -> Rule:
     Raises:
         ValueError: there is none.
     """
-    if plan.rule not in RULES:
-        raise ValueError(f"unknown weight rule {plan.rule!r}, known are {', '.join(RULES)}")
+    require_known("weight rule", plan.rule, RULES)
     return RULES[plan.rule]
 
 
@@ -102,9 +102,13 @@ def _is_conv(weight: Tensor) -> bool:
     return weight.dim() == 3
 
 
-def accumulator(layer: Layer, module: str, plan: WeightPlan) -> Accumulator | None:
-    """What the plan's rule has to see of a module's inputs, None for nothing."""
-    return rule_of(plan).observes(layer, module, plan)
+def observed(layer: Layer, modules: Iterable[str], plan: WeightPlan) -> dict[str, Tensor]:
+    """What the plan's rule has to see of the inputs of modules, by module; none where it looks at nothing."""
+    made = {name: rule_of(plan).observes(layer, name, plan) for name in modules}
+    seen = {name: sums for name, sums in made.items() if sums is not None}
+    if seen:
+        layer.observe(seen)
+    return {name: sums.total for name, sums in seen.items()}
 
 
 def prune_module(

@@ -10,7 +10,7 @@ from sparsessm.layerwise.layer import Layer
 from sparsessm.layerwise.statistics import SquaredNorms, hessian
 from sparsessm.procedure.driver import Change, Job, Masks, Measurement, Outcome, Shapes, run_pass
 from sparsessm.procedure.plan import WeightPlan
-from sparsessm.procedure.rules import accumulator, prune_module
+from sparsessm.procedure.rules import observed, prune_module
 from sparsessm.procedure.transitions import restore_values
 from sparsessm.pruning.sensitivity import sensitivity, sparsities
 
@@ -48,14 +48,10 @@ class PruneWeights(Change):
         self.plan, self.shares = plan, shares
 
     def visit(self, layer: Layer, dense: Layer | None) -> Outcome:
-        made = {name: accumulator(layer, name, self.plan) for name in self.plan.modules}
-        seen = {name: sums for name, sums in made.items() if sums is not None}
-        if seen:
-            layer.observe(seen)
-        masks = {}
+        seen, masks = observed(layer, self.plan.modules, self.plan), {}
         for name in self.plan.modules:
-            total = seen[name].total if name in seen else None
-            mask = prune_module(layer, name, self.plan, total, sparsity=self.shares.get((layer.index, name)))
+            share = self.shares.get((layer.index, name))
+            mask = prune_module(layer, name, self.plan, seen.get(name), sparsity=share)
             masks[layer.full_name(f"{name}.weight")] = mask
         return self._outcome(layer, masks)
 
