@@ -10,12 +10,10 @@ alone would take at that rate.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 
 import benchmarking
 import torch
-import torch.nn.functional as F
 from benchmarking import (
     SHAPES,
     in_turn,
@@ -24,20 +22,13 @@ from benchmarking import (
     median_ratio,
     projection_operations,
     random_model,
+    stock_perplexity,
 )
-from torch import Tensor
 
 from sparsessm.layerwise.memory import keep_freed
 from sparsessm.metrics.perplexity import perplexity
 from sparsessm.models.architecture import Layout
 from sparsessm.report.tables import text_table
-
-
-@torch.no_grad()
-def stock(model: torch.nn.Module, windows: Tensor) -> float:
-    """Perplexity by transformers' own forward, as anybody would write it; the cache of states is not asked for."""
-    logits = model(windows, use_cache=False).logits[:, :-1].flatten(0, 1)
-    return math.exp(float(F.cross_entropy(logits.float(), windows[:, 1:].flatten())))
 
 
 def bench(*, shape: str, layers: int, batch: int, seqlen: int, threads: int, rounds: int) -> None:
@@ -54,7 +45,7 @@ def bench(*, shape: str, layers: int, batch: int, seqlen: int, threads: int, rou
         found["here"] = perplexity(Layout(model), windows, device="cpu", offload="cpu", batch=batch).value
 
     def there() -> None:
-        found["stock"] = stock(model, windows)
+        found["stock"] = stock_perplexity(model, windows)
 
     seconds = in_turn({"here": here, "stock": there, "products": products}, rounds)
     flops = tokens * (layers * projection_operations(model.backbone.layers[0]) + 2 * model.lm_head.weight.numel())

@@ -12,13 +12,22 @@ pruning alone, memory is the peak of the process less what it held at the start.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 
 import torch
 import torch.nn.functional as F
-from benchmarking import alone, in_turn, machine, median_ratio, peak_memory, random_heads, resident_memory
+from benchmarking import (
+    alone,
+    in_turn,
+    machine,
+    median_ratio,
+    peak_memory,
+    published_procedure,
+    random_heads,
+    resident_memory,
+    stock_perplexity,
+)
 from torch import Tensor, nn
 
 from sparsessm.layerwise.memory import keep_freed
@@ -40,13 +49,6 @@ PLANS = {
 }
 
 
-@torch.no_grad()
-def stock(model: nn.Module, windows: Tensor) -> float:
-    """Perplexity by transformers' own forward, as anybody would write it; the cache of states is not asked for."""
-    logits = model(windows, use_cache=False).logits[:, :-1].flatten(0, 1)
-    return math.exp(float(F.cross_entropy(logits.float(), windows[:, 1:].flatten())))
-
-
 def prune(model: nn.Module, windows: Tensor, plan: TransitionPlan, batch: int) -> list[Tensor]:
     """Prunes by a plan and puts A_log back; the masks (H,) by layer."""
     layout = Layout(model)
@@ -66,8 +68,7 @@ def plain_mixer(mixer: nn.Module, x: Tensor, held: bool) -> tuple[Tensor, Tensor
     mixed = mixer.conv1d(mixed.transpose(1, 2))[..., :L].transpose(1, 2)
     u, B, C = F.silu(mixed).split([H * P, N, N], dim=-1)
     dt, A = F.softplus(dt + mixer.dt_bias)[0], -torch.exp(mixer.A_log)
-    pruned = mixer.A_log >= 30
-    abar = torch.exp(dt * A) * ~pruned  # (L,H)
+    abar = torch.exp(dt * A) * (mixer.A_log < 30)  # (L,H)
     inflow = (dt[..., None] * u[0].view(L, H, P))[..., None] * B[0, :, None, None]  # (L,H,P,N)
     state, states, ys = torch.zeros(H, P, N), [], []
     for t in range(L):
@@ -76,29 +77,7 @@ def plain_mixer(mixer: nn.Module, x: Tensor, held: bool) -> tuple[Tensor, Tensor
         state = abar[t, :, None, None] * state + inflow[t]
         ys.append(state @ C[0, t])
     y = torch.stack(ys)[None] + mixer.D[:, None] * u.view(1, L, H, P)
-    return mixer.out_proj(mixer.norm(y.flatten(2), z)), torch.stack(states) if held else None
-
-
-@torch.no_grad()
-def recreated(model: nn.Module, windows: Tensor) -> list[Tensor]:
-    """The procedure of method sparsessm at 50 %, the plain way; masks (H,) by layer."""
-    hidden, masks = model.backbone.embeddings(windows), []
-    for layer in model.backbone.layers:
-        h2: Tensor | float = 0.0
-        for sample in hidden:
-            _, states = plain_mixer(layer.mixer, layer.norm(sample[None]), True)
-            h2 = h2 + states.square().sum((2, 3))  # (L,H)
-        A_log = layer.mixer.A_log
-        votes = torch.zeros_like(A_log)
-        for row in (A_log.square() * h2)[1:]:
-            votes[torch.topk(row, len(row) // 2, largest=False).indices] += 1
-        mask = torch.zeros_like(A_log, dtype=torch.bool)
-        mask[torch.topk(votes, len(votes) // 2).indices] = True
-        masks.append(mask)
-        A_log.data[mask] = 30.0
-        for j, sample in enumerate(hidden):
-            hidden[j] = sample + plain_mixer(layer.mixer, layer.norm(sample[None]), False)[0][0]
-    return masks
+    return mixer.out_proj(mixer.norm(y.flatten(2), z)), torch.stack(states).square().sum((2, 3)) if held else None
 
 
 def measure(side: str, seqlen: int, threads: int) -> dict[str, object]:
@@ -110,7 +89,10 @@ def measure(side: str, seqlen: int, threads: int) -> dict[str, object]:
     windows = torch.randint(1024, (4, seqlen), generator=torch.Generator().manual_seed(1))
     prune(model, windows[:1, :64], PLANS["sparsessm (h2)"], 1)
     held, start = resident_memory(), time.perf_counter()
-    masks = recreated(model, windows) if side == "re-creation" else prune(model, windows, PLANS["sparsessm (h2)"], 4)
+    if side == "re-creation":
+        masks = published_procedure(model, windows, plain_mixer, pruned=30.0)
+    else:
+        masks = prune(model, windows, PLANS["sparsessm (h2)"], 4)
     return {"seconds": time.perf_counter() - start, "bytes": peak_memory() - held, "masks": [m.numpy() for m in masks]}
 
 
@@ -126,7 +108,7 @@ def bench(*, layers: int, batch: int, seqlen: int, threads: int, rounds: int) ->
         found["here"] = perplexity(Layout(model), windows, device="cpu", offload="cpu", batch=batch).value
 
     def there() -> None:
-        found["stock"] = stock(model, windows)
+        found["stock"] = stock_perplexity(model, windows)
 
     peers = {"evaluation": here, "stock": there}
     peers |= {name: lambda plan=plan: prune(model, windows, plan, batch) for name, plan in PLANS.items()}

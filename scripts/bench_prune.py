@@ -32,6 +32,7 @@ from benchmarking import (
     peak_memory,
     projection_operations,
     prune_half,
+    published_procedure,
     random_model,
 )
 from torch import Tensor, nn
@@ -40,8 +41,8 @@ from sparsessm.layerwise.memory import keep_freed
 from sparsessm.report.tables import text_table
 
 
-def published_mixer(mixer: nn.Module, x: Tensor, states: list[Tensor] | None) -> Tensor:
-    """A mixer the plain way: (1,L,M) -> (1,L,M); appends the state that enters each step to `states`."""
+def plain_mixer(mixer: nn.Module, x: Tensor, held: bool) -> tuple[Tensor, Tensor | None]:
+    """A mixer the plain way: (1,L,M) -> (1,L,M), and the squared states that enter each step, (L,D,N), where asked for."""
     u, z = mixer.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (1,D,L)
     L, K = x.shape[1], mixer.conv1d.weight.shape[-1]
     u = F.silu(F.conv1d(u, mixer.conv1d.weight, mixer.conv1d.bias, padding=K - 1, groups=u.shape[1])[..., :L])
@@ -51,38 +52,14 @@ def published_mixer(mixer: nn.Module, x: Tensor, states: list[Tensor] | None) ->
     A = -torch.exp(mixer.A_log)
     abar = torch.exp(A[None, :, None, :] * dt[..., None]) * (A != -1)[None, :, None, :]  # (1,D,L,N)
     inflow = dt[..., None] * B[:, None] * u[..., None]
-    h, ys = torch.zeros(1, u.shape[1], N), []
+    h, ys, states = torch.zeros(1, u.shape[1], N), [], []
     for t in range(L):
-        if states is not None:
+        if held:
             states.append(h)
         h = abar[:, :, t] * h + inflow[:, :, t]
         ys.append((h @ C[:, t, :, None]).squeeze(-1))
     y = torch.stack(ys, dim=-1) + u * mixer.D[:, None]
-    return mixer.out_proj((y * F.silu(z)).transpose(1, 2))
-
-
-@torch.no_grad()
-def published(model: nn.Module, windows: Tensor) -> list[Tensor]:
-    """The published procedure at 50 %; masks (D,N) by layer."""
-    hidden, masks = model.backbone.embeddings(windows), []
-    for block in model.backbone.layers:
-        h2: Tensor | float = 0.0
-        for sample in hidden:
-            states: list[Tensor] = []
-            published_mixer(block.mixer, block.norm(sample[None]), states)
-            h2 = h2 + torch.stack(states, dim=1)[0].square()  # (L,D,N)
-        A_log = block.mixer.A_log
-        k, votes = A_log.numel() // 2, torch.zeros(A_log.numel())
-        for t in range(1, windows.shape[1]):
-            score = (A_log.square() * h2[t]).flatten()
-            votes[torch.topk(score, k, largest=False).indices] += 1
-        mask = torch.zeros(A_log.numel(), dtype=torch.bool)
-        mask[torch.topk(votes, k).indices] = True
-        masks.append(mask.view_as(A_log))
-        A_log.data[masks[-1]] = 0.0  # A = -1, which published_mixer takes for no transition
-        for j, sample in enumerate(hidden):
-            hidden[j] = sample + published_mixer(block.mixer, block.norm(sample[None]), None)[0]
-    return masks
+    return mixer.out_proj((y * F.silu(z)).transpose(1, 2)), torch.stack(states, dim=1)[0].square() if held else None
 
 
 def measure(side: str, shape: str, layers: int, nsamples: int, seqlen: int, threads: int) -> dict[str, object]:
@@ -96,7 +73,7 @@ def measure(side: str, shape: str, layers: int, nsamples: int, seqlen: int, thre
     prune_half(random_model(shape, 1, vocab=1024), windows[:1, :32], batch=1, **place)  # compiles the scan
     held, start = peak_memory(), time.perf_counter()
     if side == "published":
-        masks = published(model, windows)
+        masks = published_procedure(model, windows, plain_mixer, pruned=0.0)
     else:
         masks = prune_half(model, windows, batch=8, budget=0 if side == "lean" else None, **place)
     return {"seconds": time.perf_counter() - start, "bytes": peak_memory() - held, "masks": [m.numpy() for m in masks]}

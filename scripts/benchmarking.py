@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import platform
@@ -16,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
@@ -96,6 +98,42 @@ def prune_half(model: nn.Module, windows: Tensor, layers: int | None = None, **p
     stop = len(layout.layers) if layers is None else layers
     job = Job(layout, lambda: Stream.embed(layout, windows, **placement), 0, stop)
     return list(masks_of(run_pass(job, PruneTransitions(plan))).values())
+
+
+@torch.no_grad()
+def stock_perplexity(model: nn.Module, windows: Tensor) -> float:
+    """Perplexity by transformers' own forward, as anybody would write it; the cache of states is not asked for."""
+    logits = model(windows, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return math.exp(float(F.cross_entropy(logits.float(), windows[:, 1:].flatten())))
+
+
+PlainMixer = Callable[[nn.Module, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
+@torch.no_grad()
+def published_procedure(model: nn.Module, windows: Tensor, mixer: PlainMixer, pruned: float) -> list[Tensor]:
+    """Method sparsessm at 50 % as its release goes about it, one sample after the other; the masks by layer.
+
+    mixer: of a stock mixer, its inputs (1,L,M), and whether its states are asked for: its outputs, and h^2 of the states
+        that enter each step, (L,*A_log.shape). pruned: the value of A_log that it takes for no transition.
+    """
+    hidden, masks = model.backbone.embeddings(windows), []
+    for layer in model.backbone.layers:
+        h2: Tensor | float = 0.0
+        for sample in hidden:
+            h2 = h2 + mixer(layer.mixer, layer.norm(sample[None]), True)[1]
+        A_log = layer.mixer.A_log
+        k, votes = A_log.numel() // 2, torch.zeros(A_log.numel())
+        for t in range(1, windows.shape[1]):
+            score = (A_log.square() * h2[t]).flatten()
+            votes[torch.topk(score, k, largest=False).indices] += 1
+        mask = torch.zeros(A_log.numel(), dtype=torch.bool)
+        mask[torch.topk(votes, k).indices] = True
+        masks.append(mask.view_as(A_log))
+        A_log.data[masks[-1]] = pruned
+        for j, sample in enumerate(hidden):
+            hidden[j] = sample + mixer(layer.mixer, layer.norm(sample[None]), False)[0][0]
+    return masks
 
 
 def matrix_products(d_model: int) -> tuple[Callable[[], None], int]:
