@@ -4,7 +4,7 @@ Letters used for sizes throughout:
 
     B  batch (windows)            L  time steps of a window       T  time steps of a chunk of it
     D  d_inner, channels          N  d_state, states per channel  M  d_model
-    R  dt_rank                    K  d_conv, taps of the convolution
+    R  dt_rank                    K  d_conv, width of the convolution
 
 and for the quantities of one selective scan (Gu and Dao 2023, section 3; docs/DESIGN.md has the formulas):
 

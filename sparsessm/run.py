@@ -45,25 +45,25 @@ logger = logging.getLogger("sparsessm")
 
 def command(chosen: Options, resumed: Path | None) -> int:
     """Does what the command line says; returns the exit code, and says in one line what any but 0 is for."""
-    speaks = True
+    is_main = True
     try:
-        speaks = distributed.launched()[0] == 0
+        is_main = distributed.launched()[0] == 0
         metrics = run(chosen, resumed)
     except SparseSSMError as error:
-        return _said(f"error: {error}", error, UNUSABLE, speaks)
+        return _said(f"error: {error}", error, UNUSABLE, is_main)
     except KeyboardInterrupt as error:
-        return _said("interrupted", error, INTERRUPTED, speaks)
+        return _said("interrupted", error, INTERRUPTED, is_main)
     except Exception as error:
         where = getattr(error, "__notes__", None) or ["no run was begun"]
         print(f"error: a fault in sparsessm ({type(error).__name__}: {first_line(error)}); {where[-1]}", file=sys.stderr)
         return FAULT
-    if speaks:
+    if is_main:
         print(text_table([row(chosen.method, metrics)]))
     return 0
 
 
-def _said(line: str, error: BaseException, code: int, speaks: bool) -> int:
-    if speaks:
+def _said(line: str, error: BaseException, code: int, is_main: bool) -> int:
+    if is_main:
         print(": ".join([line, *getattr(error, "__notes__", [])[-1:]]), file=sys.stderr)
     return code
 
@@ -103,13 +103,13 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     device = distributed.start(device)
-    speaks = distributed.is_main()
+    is_main = distributed.is_main()
     job, failed = None, True
     log = None
     try:
-        log = Run(dataclasses.asdict(chosen), log_wandb=chosen.log_wandb, resumed=resumed, speaks=speaks)
+        log = Run(dataclasses.asdict(chosen), log_wandb=chosen.log_wandb, resumed=resumed, is_main=is_main)
         folder = Path(distributed.gather_text(str(log.folder))[0])
-        journal = Journal(folder, writes=speaks)
+        journal = Journal(folder, writes=is_main)
         distributed.barrier()  # every process has read the journal before the first writes to it
         journal.confirm("options", chosen.settings, "options.json")
         job = Steps(chosen, log, journal, folder, source, device, tasks)

@@ -54,7 +54,7 @@ def _modules() -> list[tuple[str, Path]]:
         for path in [folder.with_suffix(".py"), *folder.rglob("*.py")]:
             parts = path.relative_to(root).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__init__" else parts
-            # A leading underscore marks what is private: often the Python twin of a C module, with the same docstrings.
+            # A leading underscore marks what is private: often the Python version of a C module, with the same docstrings.
             private = any(part.startswith("_") and part != "__main__" for part in parts)
             if path.is_file() and not private and not SKIPPED.intersection(parts):
                 modules.append((".".join(parts), path))
@@ -67,10 +67,10 @@ def _docstrings_of(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
-    yield from _walk(tree)
+    yield from _docstrings_under(tree)
 
 
-def _walk(node: ast.AST) -> Iterator[str]:
+def _docstrings_under(node: ast.AST) -> Iterator[str]:
     """Docstrings under `node` in source order. Only statements are visited: expressions hold none and are the bulk."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         docstring = ast.get_docstring(node)
@@ -80,4 +80,4 @@ def _walk(node: ast.AST) -> Iterator[str]:
         children = getattr(node, field, None)
         if isinstance(children, list):  # in a lambda or a conditional expression these fields are no lists
             for child in children:
-                yield from _walk(child)
+                yield from _docstrings_under(child)

@@ -75,7 +75,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a split will be read from, settled before anything is read."""
+    """Where a split will be read from, known before anything is read."""
 
     dataset: str
     """One of DATASETS, or "folder"."""

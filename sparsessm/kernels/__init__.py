@@ -1,1 +1,1 @@
-"""What a Mamba block computes: the block forward with taps and the selective scan under it."""
+"""What a Mamba mixer computes: the scans of both kinds, the convolution, matrix products."""

@@ -66,7 +66,7 @@ class Aggregator:
             self.total = self.total + torch.tensordot(weights, scores.to(weights.dtype), dims=1)
             return
         if start == 0:
-            scores = scores[1:]  # no state enters the first step: every score is zero there, and it carries no vote
+            scores = scores[1:]  # no state enters the first step: every score is zero there, and it has no vote
         rows = max(1, _VOTE_ELEMENTS // scores.shape[1:].numel())
         for piece in scores.split(rows):
             # float32 is what a score is accurate to; in it equal scores are equal, and ties go by index

@@ -111,18 +111,18 @@ class Cell:
         return [*self.words, "--base_dir", str(base_dir), "--experiment_name", self.name]
 
 
-def settled(name: str, *, reserved: Sequence[str] = ()) -> str:
+def resolved(name: str, *, reserved: Sequence[str] = ()) -> str:
     """The name of a model or data set; a local folder by its full path, so that it means the same from everywhere."""
     folder = Path(name).expanduser()
     return str(folder.resolve()) if name not in reserved and folder.is_dir() else name
 
 
-def settled_model(name: str) -> str:
-    return settled(name, reserved=("demo",))
+def resolved_model(name: str) -> str:
+    return resolved(name, reserved=("demo",))
 
 
-def settled_dataset(name: str) -> str:
-    return settled(name, reserved=(*DATASETS, "none"))
+def resolved_dataset(name: str) -> str:
+    return resolved(name, reserved=(*DATASETS, "none"))
 
 
 def finished(cell: Cell, base_dir: Path) -> Path | None:

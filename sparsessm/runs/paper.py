@@ -21,7 +21,7 @@ from sparsessm.errors import InputError
 from sparsessm.metrics.published import SEQLEN, TABLES
 from sparsessm.metrics.tasks import TASKS
 from sparsessm.options import Options
-from sparsessm.runs.grid import Cell, finished, settled_dataset, settled_model
+from sparsessm.runs.grid import Cell, finished, resolved_dataset, resolved_model
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "scripts" / "paper"
 MODELS = {size: f"state-spaces/mamba-{size}-hf" for size in ("130m", "370m", "790m", "1.4b", "2.8b")}
@@ -124,17 +124,17 @@ def entries(table: Table, changes: Changes) -> list[Entry]:
     for flag, value in changes.flags.items():
         if flag in vary:
             raise InputError(f"{table.name} varies --{flag} itself: leave --{flag} {value} out")
-    calibration = [settled_dataset(name) for name in changes.dataset or [table.dataset]]
+    calibration = [resolved_dataset(name) for name in changes.dataset or [table.dataset]]
     if "dataset" in vary:
         vary["dataset"] = calibration if changes.dataset else vary["dataset"]
     elif len(calibration) > 1:
         raise InputError(f"{table.name} is calibrated on one text: give --dataset one name")
     evaluation = changes.ppl_datasets or changes.dataset or table.ppl_datasets
-    shared = {"dataset": calibration[0], "ppl_datasets": [settled_dataset(name) for name in evaluation]}
+    shared = {"dataset": calibration[0], "ppl_datasets": [resolved_dataset(name) for name in evaluation]}
 
     found = []
     for model in changes.models or table.models:
-        model = settled_model(MODELS.get(model, model))
+        model = resolved_model(MODELS.get(model, model))
         for row, flags in _rows(table, vary, changes.only):
             if "method" in flags:
                 flags = {**shared, **table.flags, **flags, **changes.flags}

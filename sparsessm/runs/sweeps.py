@@ -18,10 +18,10 @@ from typing import Any
 import yaml
 
 from sparsessm.errors import InputError
-from sparsessm.runs.grid import Cell, finished, settled_dataset, settled_model
+from sparsessm.runs.grid import Cell, finished, resolved_dataset, resolved_model
 from sparsessm.runs.paper_output import NOTHING, markdown_table, number
 
-_SETTLED = {"model_path": settled_model, "dataset": settled_dataset}
+_RESOLVED = {"model_path": resolved_model, "dataset": resolved_dataset}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def load(file: Path, changes: Sequence[str] = ()) -> Sweep:
         raise InputError(f"{file}: method {config.get('method')} needs wandb's server; here only grid can run")
     values = {name: _values(file, name, said) for name, said in config["parameters"].items()}
     values |= dict(_change(change) for change in changes)
-    values = {name: [_SETTLED.get(name, _as_is)(value) for value in several] for name, several in values.items()}
+    values = {name: [_RESOLVED.get(name, _as_is)(value) for value in several] for name, several in values.items()}
 
     fixed = [str(word) for word in config.get("command", []) if not str(word).startswith("${") and word != "--log_wandb"]
     varied = tuple(name for name, several in values.items() if len(several) > 1)

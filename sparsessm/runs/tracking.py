@@ -42,24 +42,24 @@ class Run:
     """The folder of one run, its log, its progress bar, and its wandb run if there is one."""
 
     def __init__(
-        self, options: Mapping[str, Any], *, log_wandb: bool = False, resumed: Path | None = None, speaks: bool = True
+        self, options: Mapping[str, Any], *, log_wandb: bool = False, resumed: Path | None = None, is_main: bool = True
     ) -> None:
         """Opens a new folder for the options, or that of the interrupted run `resumed`; nothing of it stays if that fails.
 
-        speaks: False in all processes but the first: they write nothing, and have no folder unless it is resumed.
+        is_main: False in all processes but the first: they write nothing, and have no folder unless it is resumed.
 
         Raises:
             InputError: the folder cannot be made or written, another process has it, or wandb cannot start.
         """
         self.started = time.monotonic()
-        self.speaks, self.folder = speaks, resumed
+        self.is_main, self.folder = is_main, resumed
         self._bar: Any = None
         self._phase: str | None = None
         self._handlers: list[logging.Handler] = []
         self._wandb: Any = None
         self._lock: files.Lock | None = None
-        logger.setLevel(logging.INFO if speaks else logging.ERROR)
-        if not speaks:
+        logger.setLevel(logging.INFO if is_main else logging.ERROR)
+        if not is_main:
             return
         made: list[Path] = []
         if resumed is None:
@@ -98,13 +98,13 @@ class Run:
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a file of the run folder, whole or not at all."""
-        if self.speaks:
+        if self.is_main:
             text = files.strict_json(content, indent=2) + "\n"
             self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes a safetensors file of the run folder, whole or not at all; no file for no tensors."""
-        if self.speaks and tensors:
+        if self.is_main and tensors:
             self._write(name, lambda path: save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path))
 
     def _write(self, name: str, write: Any) -> None:
@@ -113,7 +113,7 @@ class Run:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Appends a line to events.jsonl: the kind, seconds since the start, and the fields."""
-        if not self.speaks:
+        if not self.is_main:
             return
         line = {"event": kind, "seconds": round(time.monotonic() - self.started, 3), **fields}
         with storing(str(self._mine / "events.jsonl"), _REMEDY):
@@ -125,7 +125,7 @@ class Run:
         if phase != self._phase:
             self._close_bar()
             # quiet when nobody watches: a log full of bars helps no one
-            self._bar = tqdm(desc=phase, unit="layer", disable=not (self.speaks and sys.stderr.isatty()), leave=False)
+            self._bar = tqdm(desc=phase, unit="layer", disable=not (self.is_main and sys.stderr.isatty()), leave=False)
             self._phase = phase
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
         self._bar.update()

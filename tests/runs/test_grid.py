@@ -129,9 +129,9 @@ def test_a_folder_is_settled_to_its_full_path_and_a_name_is_left(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "demo", "wikitext2"):
         (tmp_path / name).mkdir()
-    assert grid.settled_model("mine") == grid.settled_dataset("./mine") == str(tmp_path / "mine")
-    assert grid.settled_model("demo") == "demo" and grid.settled_dataset("wikitext2") == "wikitext2"
-    assert grid.settled_model("state-spaces/mamba-130m-hf") == "state-spaces/mamba-130m-hf"
+    assert grid.resolved_model("mine") == grid.resolved_dataset("./mine") == str(tmp_path / "mine")
+    assert grid.resolved_model("demo") == "demo" and grid.resolved_dataset("wikitext2") == "wikitext2"
+    assert grid.resolved_model("state-spaces/mamba-130m-hf") == "state-spaces/mamba-130m-hf"
 
 
 def test_done_is_metrics_and_the_same_options_whatever_the_places(tmp_path):
