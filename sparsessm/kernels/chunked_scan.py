@@ -1,7 +1,8 @@
 """The scan of Mamba-2 (Dao and Gu 2024), and sums over what it sees of its states, without ever holding them.
 
-`chunked_scan_ref` is written to be read; `chunked_scan` computes the same by matrix products in chunks of time, on any
-device. H heads of P channels, N states, G groups of heads that share B and C: head h reads group g = h // (H/G).
+`chunked_scan_ref` is written to be read; `chunked_scan` computes the same by matrix products in chunks of time: on CPUs
+in a kernel of ours (kernels.heads_piece), elsewhere by torch. H heads of P channels, N states, G groups of heads that share
+B and C: head h reads group g = h // (H/G).
 
     S_t[h] = exp(dt_t[h] A[h]) S_{t-1}[h] + dt_t[h] u_t[h] B_t[g]^T    (P,N)        y_t[h] = S_t[h] C_t[g] + D[h] u_t[h]
 
@@ -13,13 +14,15 @@ the place of C, the squared norms follow a recurrence of one number a head, a = 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsessm.kernels.selective_scan import SUM_DTYPE, ScanSums
+from sparsessm.kernels.selective_scan import SUM_DTYPE, ScanSums, kernel_for
 
 # Time steps of a chunk: the products within a chunk grow with it, the states that are kept shrink.
 CHUNK = 32
@@ -112,15 +115,50 @@ def chunked_scan(
         if at_chunks is not None:
             raise ValueError("the reference does not stop at chunks")
         return chunked_scan_ref(u, dt, A, B, C, D, h0, statistics)
-    u, dt, B, C = (tensor.float() for tensor in (u, dt, B, C))
-    scan = _Chunks(u, dt, A.float(), B, h0)
+    u, dt, A, B, C = (tensor.float() for tensor in (u, dt, A, B, C))
+    in_chunks = None if at_chunks is None else _Chunks(u, dt, A, B, h0)
+    scan = in_chunks or _scan_of(u, dt, A, B, h0)
     if statistics is not None:
-        _statistics(scan, u, dt, A.float(), B, C, h0, statistics)
-    y = scan.read(C)
-    if at_chunks is not None:
-        for t, states in scan.ends():
+        _statistics(scan, u, dt, A, B, C, h0, statistics)
+    y = scan.read(C, None if D is None else D.float())
+    if at_chunks is not None and in_chunks is not None:
+        for t, states in in_chunks.ends():
             at_chunks(t, states)
-    return y if D is None else y.addcmul_(D.float()[:, None], u), scan.last
+    return y, scan.last
+
+
+def _scan_of(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, h0: Tensor | None) -> _Chunks | _OnePass:
+    kernels = compiled_kernels(u, dt, A, B)
+    if kernels is None or not kernels.decays(dt, A):
+        return _Chunks(u, dt, A, B, h0)
+    return _OnePass(kernels, u, dt, A, B, h0)
+
+
+def compiled_kernels(*tensors: Tensor) -> Any:
+    """The module `kernels.heads_cpu` where it can compute with the tensors, None where torch has to."""
+    plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not plain or wants_grad or kernel_for("cpu") != "cpu":
+        return None
+    return importlib.import_module("sparsessm.kernels.heads_cpu")
+
+
+class _OnePass:
+    """The scans over the same u, dt, A, B and h0 by the kernel for CPUs: each reading goes through the states once.
+
+    Attributes:
+        last: (B,H,P,N), the state after the last step, once something was read.
+    """
+
+    def __init__(self, kernels: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, h0: Tensor | None) -> None:
+        self._kernels = kernels
+        self._given, self._h0 = (u, dt, A, B), h0
+        self.last = u.new_empty(0)
+
+    def read(self, C: Tensor, D: Tensor | None = None) -> Tensor:
+        """y, (B,L,H,P), for a C (B,L,G,N)."""
+        y, self.last = self._kernels.scan_heads(*self._given, C, D, self._h0)
+        return y
 
 
 class _Chunks:
@@ -132,7 +170,7 @@ class _Chunks:
 
     def __init__(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, h0: Tensor | None) -> None:
         batch, self.steps, H, P = u.shape
-        G, N = B.shape[2:]
+        G, N, self._u = *B.shape[2:], u
         Q = min(CHUNK, self.steps)
         self.sizes = batch, -(-self.steps // Q), Q, G, H // G, P, N
         x = self._cut(u * dt[..., None])  # (B,c,Q,H,P)
@@ -164,8 +202,8 @@ class _Chunks:
             tensor = torch.cat([tensor, tensor.new_zeros(batch, missing, *tensor.shape[2:])], 1)
         return tensor.unflatten(1, (chunks, Q))
 
-    def read(self, C: Tensor) -> Tensor:
-        """y without D, (B,L,H,P), for a C (B,L,G,N)."""
+    def read(self, C: Tensor, D: Tensor | None = None) -> Tensor:
+        """y, (B,L,H,P), for a C (B,L,G,N)."""
         _, _, _, G, heads, P, _ = self.sizes
         C = self._cut(C)
         scores = C.transpose(2, 3) @ self.B.permute(0, 1, 3, 4, 2)  # (B,c,G,i,j)
@@ -175,7 +213,8 @@ class _Chunks:
         before = (C.transpose(2, 3) @ self.states.transpose(3, 4)).unflatten(4, (heads, P))  # (B,c,G,Q,h,P)
         before = before.transpose(2, 3).flatten(3, 4)  # (B,c,Q,H,P)
         y = torch.addcmul(y, before, self.entering[..., None])
-        return y.flatten(1, 2)[:, : self.steps]
+        y = y.flatten(1, 2)[:, : self.steps]
+        return y if D is None else y.addcmul_(D[:, None], self._u)
 
     def ends(self) -> Iterator[tuple[int, Tensor]]:
         """The last step of each chunk, and the states (B,H,P,N) that leave it."""
@@ -191,7 +230,7 @@ def _later(Q: int, device: torch.device) -> Tensor:
 
 
 def _statistics(
-    scan: _Chunks, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None, sums: HeadStatistics
+    scan: _Chunks | _OnePass, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None, sums: HeadStatistics
 ) -> None:
     """Adds to the sums, by recurrences over numbers instead of states."""
     wide = dt.to(SUM_DTYPE)
@@ -221,7 +260,7 @@ def _recurrence(gain: Tensor, decay: Tensor, start: Tensor | float) -> tuple[Ten
     return torch.cat([first[:, None], left[:, :-1]], 1), left
 
 
-def _squares(scan: _Chunks, u: Tensor, dt: Tensor, B: Tensor, abar: Tensor, h0: Tensor | None) -> Tensor:
+def _squares(scan: _Chunks | _OnePass, u: Tensor, dt: Tensor, B: Tensor, abar: Tensor, h0: Tensor | None) -> Tensor:
     """(L,H): sum over the batch of |S_{t-1}[h]|^2."""
     q = scan.read(B)
     heads = u.shape[2] // B.shape[2]
@@ -240,7 +279,7 @@ def _squares_of_states(
     w_t = S_t^T u_t is the output of the scan with the roles of u and B exchanged.
     """
     B = B.repeat_interleave(u.shape[2] // B.shape[2], 2)  # (B,L,H,N)
-    w = _Chunks(B, dt, A, u, None if h0 is None else h0.transpose(2, 3)).read(u)
+    w = _scan_of(B, dt, A, u, None if h0 is None else h0.transpose(2, 3)).read(u)
     step = dt.to(SUM_DTYPE)[..., None]
     wide = B.to(SUM_DTYPE)
     gain = 2 * step * wide * w - step.square() * u.square().sum(-1, keepdim=True, dtype=SUM_DTYPE) * wide.square()
@@ -249,7 +288,7 @@ def _squares_of_states(
     return entered.clamp_min_(0), left.clamp_min_(0)
 
 
-def _products(scan: _Chunks, u: Tensor, dt: Tensor, B: Tensor, abar: Tensor, h0: Tensor | None) -> Tensor:
+def _products(scan: _Chunks | _OnePass, u: Tensor, dt: Tensor, B: Tensor, abar: Tensor, h0: Tensor | None) -> Tensor:
     """(H,H): sum over batch and steps of <S_{t-1}[h], S_{t-1}[k]>.
 
     With X_k^g = a_k S_{t-1}[k] B^g, which is q_k^g - dt_k u_k (B^g(k) . B^g) of the scan with B^g for every head,

@@ -6,18 +6,15 @@ there are, for the cut does not.
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from sparsessm.kernels import lanes, scan_piece
+from sparsessm.kernels.compiled import kept, source_of
 from sparsessm.kernels.lanes import LANES, LOG2E
 from sparsessm.kernels.selective_scan import EFFECTS, ScanStatistics, selective_scan_ref
 from sparsessm.threads import for_each
@@ -28,26 +25,15 @@ PROVIDES = frozenset({"h2", "abar", "hh", "gram"})
 PIECES = 16
 
 
-def _cached(source: str) -> Callable[[Any], None]:
-    """`scan_piece`, compiled once and kept on disk, or compiled anew in each process where no folder takes it.
-
-    numba looks only at the file of a function to tell whether what it kept is still good; what it closes over is part
-    of the name, so a change of the source that it is made of counts as well.
-    """
-
+def _compiled(source: str) -> Callable[[Any], None]:
     def scan(task: Any) -> None:
         if len(source) > 0:
             scan_piece.scan_piece(*task)
 
-    try:
-        return njit(nogil=True, cache=True)(scan)
-    except RuntimeError as error:  # numba finds no place for its cache: neither beside the code nor in the home
-        warnings.warn(f"compiled code cannot be kept ({error}); set NUMBA_CACHE_DIR to save its seconds", stacklevel=2)
-        return njit(nogil=True)(scan)
+    return kept(scan)
 
 
-_sources = [Path(str(module.__file__)).read_bytes() for module in (lanes, scan_piece)]
-_scan = _cached(hashlib.sha256(b"".join(_sources)).hexdigest())
+_scan = _compiled(source_of(lanes, scan_piece))
 
 
 def selective_scan_cpu(
@@ -82,7 +68,7 @@ def selective_scan_cpu(
         else:
             counterfactual = counterfactual.to(torch.float32, copy=True).contiguous()
 
-    views, strides = zip(*(_view(x) for x in (u, delta, y if z is None else z, B, C, y)), strict=True)
+    views, strides = zip(*(view_of(x) for x in (u, delta, y if z is None else z, B, C, y)), strict=True)
     pieces = _cut(batch, channels, together=bool(statistics.tensors()))
     hh = np.zeros((len(pieces), 0 if statistics.hh is None else N * N))
     skip = torch.zeros(channels) if D is None else D
@@ -109,7 +95,7 @@ def _decays(A: Tensor, delta: Tensor, bias: Tensor | None, softplus: bool) -> bo
     return softplus or bool(((delta if bias is None else delta + bias) >= 0).all())
 
 
-def _view(tensor: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
+def view_of(tensor: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
     """The memory of a tensor (B,L,any), and how far apart its samples and time steps are there."""
     tensor = tensor.detach().float()
     if tensor.stride(2) != 1:

@@ -245,12 +245,17 @@ def selective_scan(
     Float64 inputs and inputs that want gradients go to the reference, and so do sums that the kernel does not provide.
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias, h0)
-    name = _forced or _choose_kernel(u.device.type)
+    name = kernel_for(u.device.type)
     if u.dtype == torch.float64 or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         name = "ref"
     if statistics is not None and not statistics.wanted() <= provided(name):
         name = "ref"
     return _load_kernel(name)(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, statistics)
+
+
+def kernel_for(device: str) -> str:
+    """The name of the kernel that serves a kind of device, or of the one that is forced."""
+    return _forced or _choose_kernel(device)
 
 
 def provided(kernel: str) -> frozenset[str]:

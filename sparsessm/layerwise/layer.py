@@ -304,7 +304,7 @@ class Layer:
                 seen = self._visit(rows, steps, cache=cache, hooks=hooks, kept=kept, until=until)
                 cache = seen.cache
                 if keep_outputs:
-                    finite &= torch.isfinite(seen.out).all()
+                    finite &= torch.isfinite(torch.stack(torch.aminmax(seen.out))).all()
                     stream.hidden[rows, steps] = seen.out.to(stream.hidden.dtype)
         self.advanced = keep_outputs
         if check and not finite:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsessm.kernels.chunked_scan import HeadStatistics, chunked_scan
+from sparsessm.kernels.chunked_scan import HeadStatistics, chunked_scan, compiled_kernels
 from sparsessm.kernels.matmul import linear
 from sparsessm.kernels.selective_scan import SUM_DTYPE
 from sparsessm.models.mixer import Hooks, Mixer, Removed, ScanInputs, apply_linear, convolved, keep_rows, show
@@ -57,7 +57,7 @@ class Mamba2Mixer(Mixer):
         mixer, (H, P, G, N) = self.module, self.sizes
         show(hooks, "in_proj", x)
         z, mixed, dt = apply_linear(mixer.in_proj, x).split([H * P, H * P + 2 * G * N, H], dim=-1)
-        mixed, conv = convolved(mixer, mixed, conv, hooks)
+        mixed, conv = convolved(mixer, mixed, conv, hooks, kernels=compiled_kernels(mixed, mixer.conv1d.weight))
         return HeadInputs(mixed, z, dt), conv
 
     def scan(
@@ -84,7 +84,15 @@ class Mamba2Mixer(Mixer):
                     loss.add_states(y, t, states, C[:, t])
             else:
                 loss.add_heads(y, self._lost(y, u, dt, A, B, C, D, state, statistics))
-        return mixer.norm(y.flatten(2), inputs.z).to(inputs.mixed.dtype), last
+        return self._gated_norm(y.flatten(2), inputs.z).to(inputs.mixed.dtype), last
+
+    def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+        """(B,L,DI) -> (B,L,DI)."""
+        norm = self.module.norm
+        kernels = compiled_kernels(y, z, norm.weight)
+        if kernels is None:
+            return norm(y, z)
+        return kernels.gated_norm(y, z, norm.weight, norm.group_size, norm.variance_epsilon)
 
     @staticmethod
     def _lost(

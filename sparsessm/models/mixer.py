@@ -113,15 +113,22 @@ def show(hooks: Hooks, name: str, value: Tensor) -> None:
         hooks[name](value)
 
 
-def convolved(mixer: Any, x: Tensor, before: Tensor | None, hooks: Hooks) -> tuple[Tensor, Tensor]:
+def convolved(mixer: Any, x: Tensor, before: Tensor | None, hooks: Hooks, *, kernels: Any = None) -> tuple[Tensor, Tensor]:
     """The causal convolution of a stock mixer with its activation: (B,L,channels) -> (B,L,channels).
 
     before: (B,K-1,channels), the inputs before x, zero if None; those before the next piece are returned as well. The hook
-    of conv1d gets them all, (B,K-1+L,channels).
+    of conv1d gets them all, (B,K-1+L,channels). kernels: see `compiled_kernels`.
     """
     weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
     channels, _, K = weight.shape
-    padded = torch.cat([x.new_zeros(len(x), K - 1, channels) if before is None else before, x], dim=1)
+    if before is None:
+        before = x.new_zeros(len(x), K - 1, channels)
+    if mixer.activation == "silu" and kernels is not None:
+        if "conv1d" in hooks:
+            show(hooks, "conv1d", torch.cat([before, x], dim=1))
+        last = torch.cat([before, x[:, max(0, x.shape[1] - (K - 1)) :]], dim=1)
+        return kernels.conv_silu(x, before, weight, bias), last[:, last.shape[1] - (K - 1) :].clone()
+    padded = torch.cat([before, x], dim=1)
     show(hooks, "conv1d", padded)
     if mixer.activation == "silu":
         out = causal_conv_silu(padded, weight, bias)
