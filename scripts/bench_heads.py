@@ -116,9 +116,9 @@ def bench(*, layers: int, batch: int, seqlen: int, threads: int, rounds: int) ->
     def there() -> None:
         found["stock"] = stock_perplexity(model, windows)
 
-    peers = {"evaluation": here, "stock": there}
-    peers |= {name: lambda plan=plan: prune(model, windows, plan, batch) for name, plan in PLANS.items()}
-    seconds = in_turn(peers, rounds)
+    calls = {"evaluation": here, "stock": there}
+    calls |= {name: lambda plan=plan: prune(model, windows, plan, batch) for name, plan in PLANS.items()}
+    seconds = in_turn(calls, rounds)
     print(machine())
     print(f"mamba2-130m, {layers} layers, {batch} windows of {seqlen}, float32; medians of {rounds} rounds\n")
     tokens = batch * seqlen

@@ -1,4 +1,4 @@
-"""What the benchmarks share: peers timed in turn in one process, medians, and a line about the machine."""
+"""What the benchmarks share: functions timed in turn in one process, medians, and a line about the machine."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}; {versions}"
 
 
-def in_turn(peers: Mapping[str, Callable[[], Any]], rounds: int, *, twice: bool = False) -> dict[str, list[float]]:
-    """Seconds of each peer in each round; one call each to warm up, then all peers one after the other, round by round.
+def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int, *, twice: bool = False) -> dict[str, list[float]]:
+    """Seconds of each call in each round; one call each to warm up, then all calls one after the other, round by round.
 
-    twice: calls each peer twice in a round and counts the second time, when it has got back the memory that the one before
-        it gave away: for calls of a few milliseconds.
+    twice: makes each call twice in a round and counts the second one, which has its memory back from the call before:
+        for calls of a few milliseconds.
     """
-    for peer in peers.values():
-        peer()
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, peer in peers.items():
+        for name, call in calls.items():
             if twice:
-                peer()
+                call()
             start = time.perf_counter()
-            peer()
+            call()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 

@@ -57,12 +57,12 @@ def reproduce(
 def _described(cell: grid.Cell, base_dir: Path) -> str:
     """The command of a cell as a line of a shell; a comment where there is nothing to run."""
     if cell.refusal:
-        return f"# fails: {shlex.join(cell.words)}: {cell.refusal}"
+        return f"# fails: {shlex.join(cell.argv)}: {cell.refusal}"
     done, broken_off = grid.finished(cell, base_dir), grid.interrupted(cell, base_dir)
     if done:
         return f"# done: {done}"
-    words = ["--resume", str(broken_off)] if broken_off else cell.command(base_dir)
-    return shlex.join(["python", "main.py", *words])
+    argv = ["--resume", str(broken_off)] if broken_off else cell.command(base_dir)
+    return shlex.join(["python", "main.py", *argv])
 
 
 @ending_in_one_line
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     flags = {name: value for name in passed if (value := getattr(known, name)) is not None}
     changes = paper.Changes(
         models=known.models, dataset=known.dataset, ppl_datasets=known.ppl_datasets, only=known.only,
-        seeds=known.seeds, flags=flags, words=further,
+        seeds=known.seeds, flags=flags, argv=further,
     )  # fmt: skip
     return reproduce(
         known.table, changes, base_dir=known.base_dir, out=known.out, workers=known.workers, devices=known.devices,

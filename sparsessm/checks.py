@@ -94,7 +94,7 @@ def _check_compensation(options: Any, method: Method) -> None:
         able = [key for key, value in SALIENCIES.items() if value.interacts]
         raise InputError(f"--search {method.search} needs a saliency that knows how entries interact: {', '.join(able)}")
     if options.polish and method.weights != "obs":
-        raise InputError(f"--polish goes on from OBS, which --method {options.method} does not do for weights")
+        raise InputError(f"--polish refines the weights of OBS, which --method {options.method} does not use")
     if options.structure not in (None, "entries") and not options.prune_A:
         raise InputError(f"--structure {options.structure} takes parts of the SSM out: give --prune_A")
     if options.alpha and method.allocation == "output":

@@ -25,8 +25,8 @@ from sparsessm.pruning.methods import (
     METHODS,
     MODULE_ORDERS,
     PRUNED_A_LOG,
+    REMOVAL_TARGETS,
     SEARCHES,
-    SHED_TARGETS,
     STRUCTURES,
     Method,
 )
@@ -86,7 +86,7 @@ class Options:
         None,
         "what mamba-shedder removes: ssm, a layer's scan, y = D u stays (the default with --prune_A); mamba_block, whole "
         "blocks (with --prune_layers)",
-        choices=SHED_TARGETS,
+        choices=REMOVAL_TARGETS,
     )
 
     saliency: str | None = _option(None, "score of an entry of A_log, instead of the method's", choices=SALIENCIES)
@@ -250,17 +250,17 @@ def parse(argv: Sequence[str]) -> tuple[Options, Path | None]:
         parser.add_argument(*names, dest=spec.name, default=spec.default, **arguments)
     parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with an interrupted run; takes no other option")
     known = vars(parser.parse_intermixed_args(list(argv)))
-    words, resume = known.pop("positionals"), known.pop("resume")
+    positionals, resume = known.pop("positionals"), known.pop("resume")
     if resume is not None:
-        if len(argv) > 2 or words:
+        if len(argv) > 2 or positionals:
             raise InputError("--resume takes the options of the run that it goes on with: leave out all others")
         return _recorded(Path(resume))
-    for name, word in zip(("model", "dataset"), words, strict=False):
+    for name, word in zip(("model", "dataset"), positionals, strict=False):
         if known[name] is not None:
             raise InputError(f"the {name} is given twice: {word} and {known[name]}")
         known[name] = word
-    if len(words) > 2:
-        raise InputError(f"expected MODEL and DATASET, got {len(words)} words: {' '.join(words)}")
+    if len(positionals) > 2:
+        raise InputError(f"expected MODEL and DATASET, got {len(positionals)} arguments: {' '.join(positionals)}")
     return _frozen(known), None
 
 
@@ -309,12 +309,12 @@ def _recorded(folder: Path) -> tuple[Options, Path]:
 
 
 def argv_of(values: Mapping[str, Any]) -> list[str]:
-    """The words of the command line that say the same as the values of options.json."""
-    words = []
+    """The command-line arguments that say the same as the values of options.json."""
+    argv = []
     for name, value in values.items():
         flag = "--model_path" if name == "model" else f"--{name}"
         if isinstance(value, list):
-            words += [flag, *map(str, value)]
+            argv += [flag, *map(str, value)]
         elif value is not None:
-            words.append(f"{flag}={value}")
-    return words
+            argv.append(f"{flag}={value}")
+    return argv

@@ -61,9 +61,9 @@ def checkpoint(names, tmp_path, demo_dir):
     return tmp_path / "in"
 
 
-def whole(model, text_folder, *words):
+def whole(model, text_folder, *argv):
     return [model, text_folder, "--method", "sparsessm_obs", "--prune_A", "--prune_layers", "--sparsity", "0.5",
-            "--seqlen", "48", "--nsamples", "4", *words]  # fmt: skip
+            "--seqlen", "48", "--nsamples", "4", *argv]  # fmt: skip
 
 
 def test_the_command_prunes_and_saves_it(run_main, checkpoint, text_folder, tmp_path):

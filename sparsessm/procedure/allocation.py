@@ -25,7 +25,7 @@ class MeasureErrors(Measurement):
     name = "allocation"
 
     def __init__(self, transitions: TransitionPlan | None, weights: WeightPlan | None) -> None:
-        self.transitions, self.weights = transitions, None if weights is None else replace(weights, polish=0)
+        self.transitions, self.weights = transitions, None if weights is None else replace(weights, refine_steps=0)
 
     @property
     def parts(self) -> list[str]:

@@ -1,10 +1,10 @@
-"""The driver: the passes of a plan one after the other, and within a pass, layer by layer: measure, choose, write, settle.
+"""The driver: the passes of a plan one after the other, and within a pass, layer by layer: measure, choose, write, finish.
 
     for each pass of the plan:
         for each layer, on what the layers before it now put out:
             restore it from an interrupted run, or
                 measure what the pass needs of its inputs, choose what goes, write what stays
-            settle: record it, report it
+            finish: record it, report it
             move the stream on through the layer as it now is
 
 A pass is a class with `visit`; what it measures, chooses and writes is its own affair. Resume and report are here alone.
@@ -150,13 +150,13 @@ def run_pass(job: Job, work: Pass) -> dict[int, Outcome]:
     for layer in each_layer(job.layout, job.embed()):
         before = None if dense is None else layer.copy(copy.deepcopy(layer.module), dense)
         if layer.index in indices:
-            found[layer.index] = settle(job, work, layer, before)
+            found[layer.index] = finish_layer(job, work, layer, before)
         if before is not None:
             before.advance()
     return found
 
 
-def settle(job: Job, work: Pass, layer: Layer, dense: Layer | None) -> Outcome:
+def finish_layer(job: Job, work: Pass, layer: Layer, dense: Layer | None) -> Outcome:
     """Restores a layer that an interrupted run had finished, or has it visited and records it; reports it either way."""
     if isinstance(work, Change):
         restored = job.journal.load(work.name, layer.index, *work.expected(layer))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from sparsessm.errors import require_known
 from sparsessm.options import Options
-from sparsessm.pruning.methods import CONV_HESSIANS, PRUNED_A_LOG, SEARCHES, SHED_TARGETS
+from sparsessm.pruning.methods import CONV_HESSIANS, PRUNED_A_LOG, REMOVAL_TARGETS, SEARCHES
 from sparsessm.pruning.patterns import Columns, NofM, Pattern, Unstructured
 from sparsessm.pruning.saliency import SALIENCIES
 
@@ -57,7 +57,7 @@ class WeightPlan:
         rule: of procedure.rules.RULES. modules: names of the modules to prune.
         alpha: how far sparsities spread with sensitivity, 0 for uniform ones.
         conv_hessian: "tap", one K x K Hessian per channel, or "channel", the released D x D one over channels.
-        polish: iterations toward the best weights for the mask that OBS ends with.
+        refine_steps: iterations toward the best weights for the mask that OBS ends with.
 
     Raises:
         ValueError: a name that its table does not know.
@@ -70,7 +70,7 @@ class WeightPlan:
     conv_hessian: str = "tap"
     percdamp: float = 0.01
     blocksize: int = 128
-    polish: int = 0
+    refine_steps: int = 0
 
     def __post_init__(self) -> None:
         require_known("conv_hessian", self.conv_hessian, CONV_HESSIANS)
@@ -97,14 +97,14 @@ class CompensationPlan:
 
 @dataclass(frozen=True)
 class RemovalPlan:
-    """Greedy removal: the target (SHED_TARGETS), the share of the layers in range, and what a pruned transition is."""
+    """Greedy removal: the target (REMOVAL_TARGETS), the share of the layers in range, and what a pruned transition is."""
 
     target: str
     sparsity: float
     transition: str = "zero"
 
     def __post_init__(self) -> None:
-        require_known("shed_target", self.target, SHED_TARGETS)
+        require_known("shed_target", self.target, REMOVAL_TARGETS)
 
     def steps(self, layers: int) -> int:
         return round(self.sparsity * layers)
@@ -144,7 +144,7 @@ def plan_of(options: Options, modules: tuple[str, ...]) -> Plan:
         weights = WeightPlan(
             pattern=pattern, rule=recipe.weights, modules=modules,
             alpha=options.alpha if recipe.allocation == "sensitivity" else 0.0, conv_hessian=options.conv_hessian,
-            percdamp=options.percdamp, blocksize=options.blocksize, polish=recipe.polish,
+            percdamp=options.percdamp, blocksize=options.blocksize, refine_steps=recipe.polish,
         )  # fmt: skip
     compensation = CompensationPlan(recipe.compensate == "out_proj", recipe.module_order == "sequential", options.ridge)
     return Plan(transitions, weights, compensation, recipe.allocation == "output")

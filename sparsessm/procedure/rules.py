@@ -80,8 +80,8 @@ def _obs(problem: Problem) -> tuple[Tensor, Tensor]:
     elif problem.conv:  # (D,1,K): a problem for each channel
         W, gone = W.unsqueeze(1), None if gone is None else gone.unsqueeze(1)
     new, mask = prune_obs(W, H, problem.pattern, plan.blocksize, plan.percdamp, problem.name, gone)
-    if plan.polish:
-        new = refine(new, mask, W, H, plan.percdamp, plan.polish)
+    if plan.refine_steps:
+        new = refine(new, mask, W, H, plan.percdamp, plan.refine_steps)
     return (new.T, mask.T) if turned else (new, mask)
 
 

@@ -1,4 +1,4 @@
-"""Pruning linear and conv1d weights (sections 3.4 and 4): sparsities from sensitivities, then OBS or a peer of it."""
+"""Pruning linear and conv1d weights (sections 3.4 and 4): sparsities from sensitivities, then OBS or a baseline."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ CONV_HESSIANS = ("tap", "channel")
 ALLOCATIONS = ("uniform", "sensitivity", "output")
 MODULE_ORDERS = ("parallel", "sequential")
 COMPENSATIONS = ("none", "out_proj")
-SHED_TARGETS = ("ssm", "mamba_block")
+REMOVAL_TARGETS = ("ssm", "mamba_block")
 
 # What a pruned entry of A_log is set to. zero: exp(-dt exp(30)) is 0 for every time step above 1e-11, in every runtime,
 # so the state has no transition. unit: A = -1.

@@ -1,4 +1,4 @@
-"""Optimal brain surgeon in blocks of columns (Frantar and Alistarh 2023, SparseGPT, algorithm 1), and its simple peers.
+"""Optimal brain surgeon in blocks of columns (Frantar and Alistarh 2023, SparseGPT, algorithm 1), and two baselines.
 
 A matrix W (rows,cols) whose module saw inputs X (cols,tokens) has the layer-wise loss |W X - W' X|^2 and the Hessian
 H = (2/n) X X^T for each of its rows. Leading dimensions are independent problems solved as one batch: the K weights of

@@ -54,7 +54,7 @@ class Stopped(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """The scripts' parser: what is wrong with their words is an InputError, one line like any other."""
+    """The scripts' parser: a mistake in their arguments is an InputError, one line like any other."""
 
     def __init__(self, about: str) -> None:
         super().__init__(
@@ -70,24 +70,24 @@ class Cell:
     """One run of the command.
 
     Attributes:
-        label: what a person calls it. words: MODEL, DATASET and flags as main.py takes them, without places.
+        label: what a person calls it. argv: MODEL, DATASET and flags as main.py takes them, without places.
     """
 
     label: str
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
 
     @cached_property
     def refusal(self) -> str | None:
-        """Why main.py would refuse the words, or None; where it would, the properties below raise InputError."""
+        """Why main.py would refuse argv, or None; where it would, the properties below raise InputError."""
         try:
-            options.parse(self.words)
+            options.parse(self.argv)
         except InputError as error:
             return str(error)
         return None
 
     @cached_property
     def options(self) -> Options:
-        return options.parse(self.words)[0]
+        return options.parse(self.argv)[0]
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -107,8 +107,8 @@ class Cell:
         return f"{model}-{self.options.method or 'dense'}-{digest}"
 
     def command(self, base_dir: Path) -> list[str]:
-        """The words that start this run from nothing."""
-        return [*self.words, "--base_dir", str(base_dir), "--experiment_name", self.name]
+        """The arguments that start this run from the beginning."""
+        return [*self.argv, "--base_dir", str(base_dir), "--experiment_name", self.name]
 
 
 def resolved(name: str, *, reserved: Sequence[str] = ()) -> str:
@@ -258,11 +258,11 @@ class _Job:
     def _start(self, cell: Cell, lock: BinaryIO, variables: dict[str, str]) -> _Child:
         self._say(cell.label)
         broken_off = None if cell.name in self.stale else interrupted(cell, self.base_dir)
-        words = ["--resume", str(broken_off)] if broken_off else cell.command(self.base_dir)
+        argv = ["--resume", str(broken_off)] if broken_off else cell.command(self.base_dir)
         console = self.base_dir / cell.name / "console.log"
         with console.open("wb") as stream:
             process = subprocess.Popen(
-                [sys.executable, str(MAIN), *words],
+                [sys.executable, str(MAIN), *argv],
                 stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=variables,
                 pass_fds=(lock.fileno(),),  # the run holds the lock for as long as it lives, longer than this job maybe
             )  # fmt: skip

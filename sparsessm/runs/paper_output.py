@@ -110,7 +110,7 @@ def trace(filled: Filled, base_dir: Path) -> dict[str, object]:
             runs.append(
                 {
                     "run": cell.label,
-                    "command": shlex.join(["python", "main.py", *cell.words]),
+                    "command": shlex.join(["python", "main.py", *cell.argv]),
                     "folder": folder and str(folder),
                     "state": "done" if folder else "failed" if failed else "to do",
                 }

@@ -24,9 +24,9 @@ SHORT = dict(device="cpu", prompt=5, tokens=2, batch=BATCH, rounds=3)
 def pruned(run_main, tiny_checkpoint, text_folder, tmp_path):
     """pruned("--method", ...) is the folder of a tiny checkpoint, pruned by the command to 50 %."""
 
-    def make(*words):
+    def make(*argv):
         out = tmp_path / f"pruned{len(list(tmp_path.glob('pruned*')))}"
-        done = run_main([tiny_checkpoint("dense"), text_folder, *words, "--sparsity", 0.5, "--seqlen", 32, "--nsamples", 2,
+        done = run_main([tiny_checkpoint("dense"), text_folder, *argv, "--sparsity", 0.5, "--seqlen", 32, "--nsamples", 2,
                          "--ppl_datasets", "none", "--save", out])  # fmt: skip
         assert done.code == 0, done.stderr
         return str(out)
@@ -157,11 +157,11 @@ def test_the_script_prints_a_row_for_each_checkpoint_and_one_sentence(tiny_check
 
 @pytest.mark.slow
 def test_the_script_as_a_process(tmp_path, tiny_checkpoint):
-    words = [sys.executable, "scripts/bench_inference.py", "--prompt", "4", "--tokens", "1", "--rounds", "1"]
-    done = subprocess.run([*words, tiny_checkpoint()], cwd=ROOT, capture_output=True, text=True)
+    argv = [sys.executable, "scripts/bench_inference.py", "--prompt", "4", "--tokens", "1", "--rounds", "1"]
+    done = subprocess.run([*argv, tiny_checkpoint()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "batch 1, prompts of 4 tokens, 1 decoded" in done.stdout
     (tmp_path / "empty").mkdir()
-    done = subprocess.run([*words, tmp_path / "empty"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*argv, tmp_path / "empty"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "has no config.json" in line

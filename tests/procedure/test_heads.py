@@ -206,8 +206,8 @@ METHODS = [
 def test_stock_transformers_opens_what_was_saved(run_main, demo_dir, text_folder, tmp_path, method, structure):
     model = family_checkpoint(tmp_path / "in", demo_dir, "mamba2", n_groups=2, tie_word_embeddings=False)
     out = tmp_path / "out"
-    words = [model, text_folder, "--method", method, "--prune_A", "--sparsity", "0.5", "--structure", structure]
-    outcome = run_main([*words, "--seqlen", "64", "--nsamples", "4", "--save", out])
+    argv = [model, text_folder, "--method", method, "--prune_A", "--sparsity", "0.5", "--structure", structure]
+    outcome = run_main([*argv, "--seqlen", "64", "--nsamples", "4", "--save", out])
     assert outcome.code == 0, outcome.stderr
     (value,) = outcome.metrics["perplexity"].values()
     assert stock_perplexity(out, text_folder / "test.txt", 64) == pytest.approx(value, rel=1e-3)
@@ -228,9 +228,9 @@ def test_stock_transformers_opens_what_was_saved(run_main, demo_dir, text_folder
 @pytest.mark.parametrize("kind", ["mamba2", "falcon_mamba"])
 def test_the_whole_model_is_pruned_and_resumed(run_main, demo_dir, text_folder, tmp_path, kind):
     model = family_checkpoint(tmp_path / "in", demo_dir, kind)
-    words = [model, text_folder, "--method", "sparsessm_obs", "--prune_A", "--prune_layers", "--sparsity", "0.5"]
-    words += ["--seqlen", "64", "--nsamples", "4"]
-    outcome = run_main([*words, "--save", tmp_path / "out"])
+    argv = [model, text_folder, "--method", "sparsessm_obs", "--prune_A", "--prune_layers", "--sparsity", "0.5"]
+    argv += ["--seqlen", "64", "--nsamples", "4"]
+    outcome = run_main([*argv, "--save", tmp_path / "out"])
     assert outcome.code == 0, outcome.stderr
     assert outcome.metrics["sparsity"]["ssm"] == 0.5
     assert outcome.metrics["sparsity"]["layers"] == pytest.approx(0.5, abs=0.002)
@@ -244,26 +244,26 @@ def test_the_whole_model_is_pruned_and_resumed(run_main, demo_dir, text_folder, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "says"),
+    ("kind", "argv", "says"),
     [
         ("mamba2", ["--structure", "heads", "--sparsity", "0.25"], "of its 8 heads 4 can stay"),
         ("falcon_mamba", ["--structure", "heads", "--sparsity", "0.5"], "use columns"),
         ("mamba2", ["--prunen", "8", "--prunem", "16"], "--prunem 16 does not divide the 8"),
     ],
 )
-def test_what_an_architecture_cannot_hold_is_refused(run_main, demo_dir, text_folder, tmp_path, kind, words, says):
+def test_what_an_architecture_cannot_hold_is_refused(run_main, demo_dir, text_folder, tmp_path, kind, argv, says):
     model = family_checkpoint(tmp_path / "in", demo_dir, kind)
-    words = ["--method", "sparsessm", "--prune_A", *words, "--seqlen", "64", "--nsamples", "4"]
-    outcome = run_main([model, text_folder, *words])
+    argv = ["--method", "sparsessm", "--prune_A", *argv, "--seqlen", "64", "--nsamples", "4"]
+    outcome = run_main([model, text_folder, *argv])
     assert outcome.code == 2 and says in outcome.stderr
 
 
 @pytest.mark.parametrize("target", ["ssm", "mamba_block"])
 def test_the_shedder_takes_ssm_branches_and_blocks(run_main, demo_dir, text_folder, tmp_path, target):
     model = family_checkpoint(tmp_path / "in", demo_dir, "mamba2", num_hidden_layers=4)
-    words = [model, text_folder, "--method", "mamba-shedder", "--prune_A", "--sparsity", "0.5", "--shed_target", target]
-    words += ["--prune_layers"] if target == "mamba_block" else []
-    outcome = run_main([*words, "--seqlen", "64", "--nsamples", "4", "--save", tmp_path / "out"])
+    argv = [model, text_folder, "--method", "mamba-shedder", "--prune_A", "--sparsity", "0.5", "--shed_target", target]
+    argv += ["--prune_layers"] if target == "mamba_block" else []
+    outcome = run_main([*argv, "--seqlen", "64", "--nsamples", "4", "--save", tmp_path / "out"])
     assert outcome.code == 0, outcome.stderr
     (value,) = outcome.metrics["perplexity"].values()
     assert stock_perplexity(tmp_path / "out", text_folder / "test.txt", 64) == pytest.approx(value, rel=1e-3)

@@ -243,8 +243,8 @@ def in_browser(page, tmp_path, *flags, fragment=""):
     text = text.replace("script-src ", f"script-src 'sha256-{allowed}' ", 1)
     copy = tmp_path / "probe.html"
     copy.write_text(text.replace("</body>", f"<script>{PROBE}</script></body>"))
-    words = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, "--window-size=1366,768", "--dump-dom"]
-    done = subprocess.run([*words, copy.as_uri() + fragment], capture_output=True, text=True, timeout=120)
+    argv = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, "--window-size=1366,768", "--dump-dom"]
+    done = subprocess.run([*argv, copy.as_uri() + fragment], capture_output=True, text=True, timeout=120)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
     assert found, done.stderr[-2000:]
@@ -276,8 +276,8 @@ def test_hostile_names_run_nothing_in_a_browser(hostile, tmp_path, run_report):
     assert run_report([tmp_path / "e", "-o", target]) == 0
     if CHROMIUM is None:
         pytest.skip("there is no chromium on this machine")
-    words = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", target.as_uri()]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    argv = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", target.as_uri()]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert "<title>Pruning runs: e</title>" in done.stdout and "CONSOLE" not in done.stderr
 
 

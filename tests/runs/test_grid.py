@@ -170,7 +170,7 @@ def test_the_newest_run_that_can_go_on_is_taken(tmp_path):
 
 def test_every_run_is_done_once(stage):
     cells = [stage.cell(0), stage.cell(1)]
-    assert fill([*cells, Cell("again", cells[0].words)], stage.base) == {}
+    assert fill([*cells, Cell("again", cells[0].argv)], stage.base) == {}
     assert stage.seeds == [0, 1]
     before = snapshot(stage.base)
     assert fill(cells, stage.base) == {}
@@ -180,7 +180,7 @@ def test_every_run_is_done_once(stage):
 
 def test_a_failure_is_named_and_stops_nothing(stage):
     refused, failing, good = Cell("refused", (*PRUNED, "--nonsense")), stage.cell(0, "fail"), stage.cell(1)
-    same = Cell("the same run in another table", failing.words)
+    same = Cell("the same run in another table", failing.argv)
     failures = fill([refused, failing, good, same], stage.base)
     assert stage.seeds == [0, 1] and finished(good, stage.base)
     assert failures.keys() == {refused, failing, same}

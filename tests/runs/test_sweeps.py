@@ -103,7 +103,7 @@ def test_the_words_of_the_command_reach_the_runs(tmp_path):
     text = """{method: grid, command: ["${env}", "${interpreter}", "${program}", --log_wandb, --dtype, float32, "${args}"],
                parameters: {model_path: {value: demo}, dataset: {value: demo}}}"""
     sweep = sweeps.load(sweep_file(tmp_path, text))
-    assert sweep.cells[0].words == ("--dtype", "float32", "--model_path=demo", "--dataset=demo")
+    assert sweep.cells[0].argv == ("--dtype", "float32", "--model_path=demo", "--dataset=demo")
     assert (sweep.name, sweep.cells[0].label, sweep.varied) == ("mine", "mine", ())
 
 
