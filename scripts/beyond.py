@@ -85,12 +85,12 @@ def parts(bench: Bench, other: list[str]) -> list[dict[str, str]]:
         "  exact sets": [OBS, {"search": "exact"}],
         "  no refit": [OBS, {"compensate": "none"}],
         "  modules in parallel": [OBS, {"module_order": "parallel"}],
-        "  no polish": [OBS, {"polish": 0}],
+        "  no refinement": [OBS, {"polish": 0}],
         "  uniform sparsity": [OBS, {"allocation": "uniform"}],
         "  only the saliency": [OBS, {"search": "independent", "compensate": "none", "allocation": "uniform",
                                       "module_order": "parallel", "polish": 0}],
     }  # fmt: skip
-    of_weights = ("modules in parallel", "no polish")
+    of_weights = ("modules in parallel", "no refinement")
     rows = []
     for name, flags in variants.items():
         row = {"variant": name}

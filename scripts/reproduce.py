@@ -49,7 +49,7 @@ def reproduce(
     for cell, reason in failures.items():
         print(f"failed: {cell.label}: {reason}", file=sys.stderr)
     if stopped:
-        print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
+        print(f"stopped by {stopped}; the same command continues", file=sys.stderr)
         return stopped.exit_code
     return 1 if failures else 0
 

@@ -25,7 +25,7 @@ def sweep_local(
 ) -> int:
     """Returns the exit code, or raises InputError. out: folder for the results (default: BASE_DIR/sweeps)."""
     if index is not None and not 0 <= index < len(sweep.cells):
-        raise InputError(f"--index {index} is no point of {sweep.name}: it has 0 to {len(sweep.cells) - 1}")
+        raise InputError(f"--index {index} is not a point of {sweep.name}: it has 0 to {len(sweep.cells) - 1}")
     cells = sweep.cells if index is None else [sweep.cells[index]]
     failures, stopped = {}, None
     try:
@@ -44,7 +44,7 @@ def sweep_local(
     for cell, reason in failures.items():
         print(f"failed: {cell.label}: {reason}", file=sys.stderr)
     if stopped:
-        print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
+        print(f"stopped by {stopped}; the same command continues", file=sys.stderr)
         return stopped.exit_code
     return 1 if failures else 0
 

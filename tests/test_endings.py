@@ -38,7 +38,7 @@ def test_a_fault_of_the_program_is_said_as_one_with_its_traceback_in_the_log(run
     done = run_main(["demo", text_folder, *A_LOG, *SMALL])
     assert done.code == 1 and done.metrics is None
     line = last(done)
-    assert line.startswith("error: a fault in sparsessm (ZeroDivisionError: three over nothing)")
+    assert line.startswith("error: a bug in sparsessm (ZeroDivisionError: three over nothing)")
     assert str(done.folder / "output.log") in line and f"main.py --resume {done.folder}" in line
     assert "Traceback" in (done.folder / "output.log").read_text()
 
@@ -62,9 +62,9 @@ def test_a_full_disk_is_called_one_and_says_how_to_resume(run_main, text_folder,
 
 
 def test_what_diverges_after_pruning_is_saved_all_the_same(run_main, tmp_path, text_folder, monkeypatch):
-    monkeypatch.setattr(steps, "perplexity", raising(DivergenceError("layer 3 puts out values that are not finite")))
+    monkeypatch.setattr(steps, "perplexity", raising(DivergenceError("layer 3 outputs values that are not finite")))
     done = run_main(["demo", text_folder, *A_LOG, *SMALL, "--save", tmp_path / "out"])
-    assert done.code == 2 and "layer 3 puts out" in last(done)
+    assert done.code == 2 and "layer 3 outputs" in last(done)
     assert json.loads((tmp_path / "out" / "sparsessm.json").read_text())["sparsity"]["ssm"] == 0.5
 
 

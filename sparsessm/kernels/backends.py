@@ -1,4 +1,4 @@
-"""Whether other packages compute what we do: they are asked once before they serve."""
+"""Whether the kernels of other packages compute what ours do: checked once before they are used."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def agrees(
                 break
         else:
             return True
-    except Exception as error:  # whatever it may be: there is a way that works
+    except Exception as error:  # of any kind: our own kernel works
         fault = first_line(error)
-    warnings.warn(f"{package} is installed but does not serve {serves}: {fault}", stacklevel=3)
+    warnings.warn(f"{package} is installed but is not used for {serves}: {fault}", stacklevel=3)
     return False
 
 

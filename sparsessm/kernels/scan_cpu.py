@@ -41,7 +41,7 @@ def _cached(source: str) -> Callable[[Any], None]:
 
     try:
         return njit(nogil=True, cache=True)(scan)
-    except RuntimeError as error:  # numba finds no place for its cache: neither beside the code nor in the home
+    except RuntimeError as error:  # numba can write its cache neither beside the code nor in the home folder
         warnings.warn(f"compiled code cannot be kept ({error}); set NUMBA_CACHE_DIR to save its seconds", stacklevel=2)
         return njit(nogil=True)(scan)
 

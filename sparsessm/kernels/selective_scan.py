@@ -1,4 +1,4 @@
-"""The selective scan of Mamba (Gu and Dao 2023, algorithm 2) that also adds up what pruning needs to know of its states.
+"""The selective scan of Mamba (Gu and Dao 2023, algorithm 2), which also sums the statistics of its states for pruning.
 
 `selective_scan_ref` is written to be read; every faster kernel is tested against it. `selective_scan` is the one that
 the rest of the project calls: it takes the kernel that the device of its inputs and the installed packages allow.
@@ -119,7 +119,7 @@ class ScanStatistics(ScanSums):
         if h0 is None:
             return None
         if self.counterfactual is None or self.counterfactual.shape != h0.shape:
-            raise ValueError("a scan that goes on from h0 needs the counterfactual of the piece before for the effect unit")
+            raise ValueError("a scan from h0 needs the counterfactual of the piece before for the effect unit")
         return self.counterfactual
 
 
@@ -254,7 +254,7 @@ def selective_scan(
 
 
 def provided(kernel: str) -> frozenset[str]:
-    """The sums that a kernel fills: its module says so, the reference knows them all."""
+    """The sums that a kernel computes, by its module; the reference computes all."""
     return frozenset(ScanStatistics.FIELDS) if kernel == "ref" else _kernel_module(kernel).PROVIDES
 
 
@@ -262,14 +262,14 @@ def provided(kernel: str) -> frozenset[str]:
 def _choose_kernel(device: str) -> str:
     """The name of the kernel for a kind of device; says so if a package that would make it fast does not work."""
     if device == "cpu" and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
-        warnings.warn("NUMBA_DISABLE_JIT is set: the slow scan takes the place of the fast one", stacklevel=3)
+        warnings.warn("NUMBA_DISABLE_JIT is set: the slow scan is used instead of the fast one", stacklevel=3)
         return "ref"
     if device not in ("cpu", "cuda") or importlib.util.find_spec({"cpu": "numba", "cuda": "triton"}[device]) is None:
         return "ref"
     try:
         _load_kernel(device)
     except ImportError as error:
-        warnings.warn(f"the fast scan for {device} cannot be used, the slow one takes its place: {error}", stacklevel=3)
+        warnings.warn(f"the fast scan for {device} cannot be used, the slow one is used instead: {error}", stacklevel=3)
         return "ref"
     return device
 

@@ -1,6 +1,6 @@
 """The kernels of the selective scan for CUDA, in Triton; `sparsessm.kernels.scan_cuda` launches them.
 
-A program keeps the states of some channels (and samples) in registers and goes through all time steps. States are the
+A program keeps the states of some channels (and samples) in registers and computes all time steps. States are the
 first axis of a tile and channels the last: neighbouring threads then have neighbouring channels, so memory is read in
 whole sectors, and the sum over states stays within a few threads. What a step reads is asked for one step before.
 

@@ -39,7 +39,7 @@ class Costs:
             batch of B sequences has B tokens at each position.
         parameters: how many there are, tied ones once. nonzero: the share of them that is neither zero nor marked as
             pruned in masks.safetensors.
-        parameter_bytes, file_bytes: in memory and on disk. state_bytes: what all sequences carry from token to token.
+        parameter_bytes, file_bytes: in memory and on disk. state_bytes: the cache of all sequences.
         peak_bytes: most that the device's allocator held for this model, None where the device does not count.
     """
 

@@ -31,7 +31,7 @@ _LOSSES_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class HeadInputs(ScanInputs):
-    """mixed (B,L,DI+2GN): what the convolution put out; z (B,L,DI); dt (B,L,H) as projected."""
+    """mixed (B,L,DI+2GN): the output of the convolution; z (B,L,DI); dt (B,L,H) as projected."""
 
     mixed: Tensor
     z: Tensor

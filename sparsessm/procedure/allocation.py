@@ -1,4 +1,4 @@
-"""Sparsities of layers and modules from the errors that they make at the output of their layer (docs/BEYOND.md)."""
+"""Sparsities of layers and modules from the errors that pruning them makes at the output of their layer (docs/BEYOND.md)."""
 
 from __future__ import annotations
 

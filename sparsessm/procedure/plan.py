@@ -1,4 +1,4 @@
-"""What a run is to do, as data: made from the options, or by hand."""
+"""The plan of a run, as data: made from the options, or by hand."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class TransitionPlan:
 
     @property
     def structure(self) -> str:
-        """What its scores are of: "entries", or what is taken out whole."""
+        """What its scores are of: "entries", or the structure that is removed whole."""
         return self.pattern.removes or "entries"
 
     def share(self, sparsity: float | None) -> TransitionPlan:
-        """The plan for a layer with a sparsity of its own."""
+        """The plan for a layer with another sparsity."""
         return replace(self, pattern=self.pattern.share(sparsity))
 
 
@@ -78,13 +78,13 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class CompensationPlan:
-    """How the weights that stay make up for those that go.
+    """How the remaining weights compensate for the pruned ones.
 
     Attributes:
         refit: solve the mixer's last module toward the dense model's stream after the layer, whether it is pruned or not.
-        sequential: modules of a layer one after the other, each on what the pruned ones before it put out; otherwise all
-            on what the layer made of its inputs before any of them was pruned.
-        ridge: pull of the refit toward the weights as they are, as a share of the Hessian's mean diagonal.
+        sequential: modules of a layer one after the other, each on the outputs of the pruned ones before it; otherwise all
+            on the activations of the layer before any of them was pruned.
+        ridge: weight of the refit's ridge toward the weights as they are, as a share of the Hessian's mean diagonal.
     """
 
     refit: bool = False
@@ -112,7 +112,7 @@ class RemovalPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a run does: A_log, weights or both, what makes up for them, or whole parts; measured shares with allocate."""
+    """All that a run prunes: A_log, weights or both, with compensation, or whole parts; measured shares with allocate."""
 
     transitions: TransitionPlan | None = None
     weights: WeightPlan | None = None

@@ -40,7 +40,7 @@ class MeasureSensitivity(Measurement):
 
 
 class PruneWeights(Change):
-    """Pass 2: prunes the modules of each layer on what the pruned layers before it put out."""
+    """Pass 2: prunes the modules of each layer on the outputs of the pruned layers before it."""
 
     name = "layers"
 

@@ -157,8 +157,8 @@ def _leads() -> dict[str, str]:
     text = {
         "results": "A row a run; its number leads to its pictures. A click on a column’s head sorts by it. The filters "
         "hold for every part below that lists single runs.",
-        "perplexity": "Lower is better. Every marker is a run; lines go through the mean of runs that differ in the seed "
-        "alone. Figures share a picture only if they were taken on the same windows.",
+        "perplexity": "Lower is better. Every marker is a run; lines connect the means of runs that differ in the seed "
+        "alone. Figures share a chart only if they were measured on the same windows.",
         "states": "The share of the channels in which A_log was pruned, by index of the state (of Mamba-2: the share of the "
         "layers, by index of the head). A level line means that none is preferred.",
         "sensitivity": "s = Σ H<sub>ii</sub>² / columns, from the inputs of each module before weights are pruned. The "
@@ -194,7 +194,7 @@ def _gallery(charts: Sequence[figures.LineChart], folded: int | None = None) -> 
 def _perplexity(records: Sequence[Record]) -> str:
     endless = [record for record in records if not all(map(math.isfinite, record.perplexity.values()))]
     names = ", ".join(record.name for record in endless)
-    note = f'<p class="small">Not drawn, for it is no finite number: {_words(names)}</p>' if endless else ""
+    note = f'<p class="small">Not drawn, because it is not finite: {_words(names)}</p>' if endless else ""
     return _gallery(figures.perplexity_charts(records)) + note
 
 

@@ -72,14 +72,14 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Table:
-    """Raises InputError for a name that is no table's."""
+    """Raises InputError for the name of no table."""
     if name not in names():
         raise InputError(f"there is no table {name}; there are: {', '.join(names())}")
     return Table(name=name, **json.loads((FOLDER / f"{name}.json").read_text()))
 
 
 def bare_name(model: str) -> str:
-    """What a model is called in a table: the last part of its id or path, without -hf."""
+    """The name of a model in a table: the last part of its id or path, without -hf."""
     return Path(model).name.removesuffix("-hf")
 
 
@@ -94,7 +94,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What a caller wants otherwise than the table says.
+    """Changes of a caller to the table.
 
     Attributes:
         models, dataset, ppl_datasets: instead of the table's; without ppl_datasets, dataset is evaluated as well.
@@ -200,13 +200,13 @@ class Figure:
 
     @property
     def difference(self) -> float | None:
-        """Ours less the published one."""
+        """Ours minus the published one."""
         return None if self.published is None or self.mean is None else self.mean - self.published
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table with its figures by column, the run folders that they come from, and what went wrong."""
+    """A line of a table with its figures by column, the run folders that they come from, and its failures."""
 
     entry: Entry
     model: str
@@ -238,7 +238,7 @@ class Filled:
 
 
 def fill_in(table: Table, lines: Sequence[Entry], base_dir: Path, failures: Mapping[Cell, str]) -> Filled:
-    """The table as the run folders under base_dir have it.
+    """The table with the figures in the run folders under base_dir.
 
     Args:
         failures: of `grid.fill`; other cells without a finished run are still to be done.

@@ -131,7 +131,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Two digits after the point; powers of ten where that would be a row of figures that mean nothing."""
+    """Two digits after the point; powers of ten where most digits would mean nothing."""
     if not math.isfinite(value):
         return str(value)
     return f"{round(value, 2) + 0.0:.2f}" if abs(value) < 1e5 else f"{value:.2e}"  # + 0.0: no minus before a zero

@@ -47,7 +47,7 @@ def test_a_convolution_that_agrees_proves_right(dtype):
     ],
 )
 def test_one_that_fails_or_disagrees_is_not_used(theirs, fault):
-    with pytest.warns(UserWarning, match=f"causal-conv1d is installed but does not serve the convolution: .*{fault}"):
+    with pytest.warns(UserWarning, match=f"causal-conv1d is installed but is not used for the convolution: .*{fault}"):
         assert not convolution.proves_right(theirs, DEVICE, torch.float32)
 
 

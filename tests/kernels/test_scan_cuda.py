@@ -57,7 +57,7 @@ def test_another_scan_that_agrees_proves_right(dtype):
     ],
 )
 def test_another_scan_that_fails_or_disagrees_is_not_used(theirs, fault):
-    with pytest.warns(UserWarning, match=f"mamba-ssm is installed but does not serve the scan: .*{fault}") as caught:
+    with pytest.warns(UserWarning, match=f"mamba-ssm is installed but is not used for the scan: .*{fault}") as caught:
         assert not scan_cuda.proves_right(theirs, DEVICE, torch.float32)
     assert len(caught) == 1
 

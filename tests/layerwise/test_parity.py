@@ -58,7 +58,7 @@ def test_what_enters_the_first_layer_and_the_head_are_compared_too(tiny_model):
 def test_a_stock_model_that_diverges_is_named_as_such(tiny_model):
     model = tiny_model()
     model.backbone.layers[1].mixer.out_proj.weight.fill_(torch.finfo(torch.float32).max)
-    with pytest.raises(DivergenceError, match="layer 1 of mine puts out values that are not finite"):
+    with pytest.raises(DivergenceError, match="layer 1 of mine outputs values that are not finite"):
         check_parity(Layout(model), "mine", CPU)
 
 

@@ -218,7 +218,7 @@ def refused(outcome, *says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"dataset_kwargs": {"data_files": {"test": "/nowhere/all.jsonl"}}}, ["documents of", "cannot be had", "/nowhere"]),
+        ({"dataset_kwargs": {"data_files": {"test": "/nowhere/all.jsonl"}}}, ["documents of", "not available", "/nowhere"]),
         ({"dataset_path": "nobody/nothing", "dataset_kwargs": None}, ["nobody/nothing", "fetch them once with a network"]),
         ({"include": "absent.yaml"}, ["broken cannot be used", "absent.yaml"]),
         ({"test_split": None}, ["broken cannot be used", "test docs"]),
@@ -237,10 +237,10 @@ def test_a_task_that_cannot_be_used(run_main, tmp_path, changes, says):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, ["is no folder"]),
+        (None, ["is not a folder"]),
         ({}, ["holds no task"]),
         ({"notes.yaml": "just: notes"}, ["holds no task"]),
-        ({"bad.yaml": "task: [unclosed\nmore: {"}, ["bad.yaml is no YAML", "mend or remove it"]),
+        ({"bad.yaml": "task: [unclosed\nmore: {"}, ["bad.yaml is not YAML", "correct or remove it"]),
     ],
 )
 def test_a_folder_that_cannot_be_used(run_main, tmp_path, content, says):

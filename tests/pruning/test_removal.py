@@ -108,7 +108,7 @@ HALF = ["--sparsity", "0.5"]
         ([*BASE, *HALF], "give --prune_A, --prune_layers or both"),
         ([*BASE, "--prune_A"], "needs --sparsity"),
         ([*BASE, "--prune_A", "--sparsity", "1"], "must lie between 0 and 1"),
-        ([*BASE, "--prune_layers", "--shed_target", "ssm", *HALF], "goes with --prune_A"),
+        ([*BASE, "--prune_layers", "--shed_target", "ssm", *HALF], "ssm needs --prune_A"),
         ([*BASE, "--prune_A", "--prune_layers", "--shed_target", "ssm", *HALF], "without --prune_layers"),
         ([*BASE, "--prune_A", "--prune_layers", *HALF], "give --prune_layers and --shed_target mamba_block"),
         ([*BASE, "--prune_A", "--shed_target", "mamba_block", *HALF], "give --prune_layers"),

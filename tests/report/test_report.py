@@ -139,7 +139,7 @@ def test_zero_shot_and_endless_perplexity_are_told(tmp_path, capsys, run_report,
     assert (one["perplexity ptb"][1], two["perplexity ptb"][1]) == ("12345.7", "3.0e+07")
     assert one["zero\u2011shot mean"] == ["0.6", "60 %"] and two["zero\u2011shot mean"][0] == ""
     assert two["peak cuda"] == [str(2**31), "2.00 GiB"] and one["peak cuda"][0] == ""
-    assert "no finite number: one, two" in (tmp_path / "r.html").read_text()
+    assert "because it is not finite: one, two" in (tmp_path / "r.html").read_text()
 
 
 def test_nothing_that_a_file_says_becomes_markup(hostile, tmp_path, run_report):
@@ -170,7 +170,7 @@ def test_damaged_runs_are_left_out_and_named(experiments, tmp_path, capsys, run_
     assert "3 damaged runs: dev/" in (tmp_path / "r.html").read_text() and "4 left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("case", "says"), [("empty", "holds no finished run"), ("missing", "is no folder"),
+@pytest.mark.parametrize(("case", "says"), [("empty", "holds no finished run"), ("missing", "is not a folder"),
                                             ("unfinished", "1 unfinished run: stopped")])  # fmt: skip
 def test_no_run_is_one_line_and_code_2(tmp_path, capsys, case, says, run_report, write_run):
     folder = tmp_path / case

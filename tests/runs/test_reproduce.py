@@ -391,7 +391,7 @@ def test_sigterm_ends_the_running_child_and_the_table_says_what_is_there(tmp_pat
         time.sleep(0.01)
     process.terminate()
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; the same command goes on" in err
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; the same command continues" in err
     assert not list(base.glob("*/*/metrics.json"))
     assert not list(base.glob("demo-magnitude-*"))
     with (base / "tables" / "ssm_50.csv").open() as stream:
