@@ -3,7 +3,7 @@
     python scripts/bench_scaling.py [--shape 130m] [--nsamples 8] [--seqlen 512] [--layers 2] [--offload disk]
     python scripts/bench_scaling.py --shape 2.8b --only layers --full_layers 64
 
-One of the four is varied at a time. Each measurement is a process of its own (or several, by torchrun, of one thread
+One of the four is varied at a time. Each measurement runs in a separate process (or several, by torchrun, of one thread
 each) that loads a checkpoint of random float32 weights from disk and prunes half of A_log. Seconds are those of pruning,
 memory is the peak of the whole process. The exponent is the slope of the logarithms; memory is fitted by a line, which
 --full_layers follows to the depth of a whole model.

@@ -3,7 +3,7 @@
     python scripts/bench_scan.py [--shape 130m] [--batch 8] [--steps 512] [--states 16] [--threads 2] [--rounds 5]
 
 All scan the same float32 input. `loop` is the reference of sparsessm.kernels.selective_scan: one vectorised torch step
-after the other. `stock` is what transformers runs on a CPU. The limits are measured on the spot, on numbers in the
+after the other. `stock` is what transformers runs on a CPU. The limits are measured in the same run, on numbers in the
 first-level cache, by as many threads: `exp` is the rate of the scan's own exponential, `torch.exp` that of torch,
 `step` that of an exponential with the products and sums of one state, `edge` that of the softplus and the gate of one
 channel, `fma` that of one product and sum; `copy` is the rate of reading and writing main memory. "limit" is the time

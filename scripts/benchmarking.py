@@ -69,7 +69,7 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int, *, twice: bool 
 
 
 def median_ratio(slow: list[float], fast: list[float]) -> float:
-    """Median over the rounds of slow / fast: pairs taken in turn stand the drift of a shared machine."""
+    """Median over the rounds of slow / fast: measuring in turn cancels the drift of a shared machine."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
@@ -102,7 +102,7 @@ def prune_half(model: nn.Module, windows: Tensor, layers: int | None = None, **p
 
 @torch.no_grad()
 def stock_perplexity(model: nn.Module, windows: Tensor) -> float:
-    """Perplexity by transformers' own forward, as anybody would write it; the cache of states is not asked for."""
+    """Perplexity by transformers' own forward, without its cache."""
     logits = model(windows, use_cache=False).logits[:, :-1].flatten(0, 1)
     return math.exp(float(F.cross_entropy(logits.float(), windows[:, 1:].flatten())))
 
@@ -112,7 +112,7 @@ PlainMixer = Callable[[nn.Module, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 @torch.no_grad()
 def published_procedure(model: nn.Module, windows: Tensor, mixer: PlainMixer, pruned: float) -> list[Tensor]:
-    """Method sparsessm at 50 % as its release goes about it, one sample after the other; the masks by layer.
+    """Method sparsessm at 50 % as released, one sample after the other; the masks by layer.
 
     mixer: of a stock mixer, its inputs (1,L,M), and whether its states are asked for: its outputs, and h^2 of the states
         that enter each step, (L,*A_log.shape). pruned: the value of A_log that it takes for no transition.
@@ -154,7 +154,7 @@ def projection_operations(block: nn.Module) -> int:
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls the function in a process of its own, so that its peak of memory is its own."""
+    """Calls the function in a separate process, so that the peak of memory is that of the call."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 

@@ -1,4 +1,4 @@
-"""What each part of sparsessm_obs is worth: the tables of docs/BEYOND.md.
+"""The effect of each part of sparsessm_obs: the tables of docs/BEYOND.md.
 
     python scripts/beyond.py MODEL DATASET [--other DATASET ...] [--only parts sparsity patterns transfer samples seeds]
 
@@ -74,7 +74,7 @@ class Bench:
 
 
 def parts(bench: Bench, other: list[str]) -> list[dict[str, str]]:
-    """Each part of the preset taken out, or put in the place of another."""
+    """Each part of the preset left out, or replaced."""
     settings = {"A_log 80 %": {**A, "sparsity": 0.8}, "A_log 95 %": {**A, "sparsity": 0.95},
                 "weights 50 %": {**WEIGHTS, "sparsity": 0.5}, "both 50 %": {**BOTH, "sparsity": 0.5}}  # fmt: skip
     alpha = {"alpha": 0.04}

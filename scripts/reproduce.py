@@ -1,12 +1,12 @@
-"""Fills a table of the paper: runs what is missing, goes on where it broke off, writes Markdown, CSV and LaTeX.
+"""Fills a table of the paper: runs what is missing, resumes what was interrupted, writes Markdown, CSV and LaTeX.
 
     python scripts/reproduce.py ssm_50 --models 130m 370m
     python scripts/reproduce.py ssm_50 --models demo --dataset demo --seqlen 128 --nsamples 8 --eval_windows 8
 
 The tables are described in scripts/paper. A flag that is not one of these goes to main.py as it is: --eval_zero_shot
 fills the zero-shot columns, --data_dir DIR reads local copies of the texts. Exit code: 0 when every run of the table is
-there, 1 when some failed, 2 for a mistake in the call, 128 + the signal's number when it was stopped; the same call goes
-on.
+there, 1 when some failed, 2 for a mistake in the call, 128 + the signal's number when it was stopped; the same call
+continues.
 """
 
 from __future__ import annotations

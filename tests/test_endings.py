@@ -33,7 +33,7 @@ def raising(error):
     return call
 
 
-def test_a_fault_of_the_program_is_said_as_one_with_its_traceback_in_the_log(run_main, text_folder, monkeypatch):
+def test_a_bug_is_named_as_one_with_its_traceback_in_the_log(run_main, text_folder, monkeypatch):
     monkeypatch.setattr(steps, "prune", raising(ZeroDivisionError("three over nothing")))
     done = run_main(["demo", text_folder, *A_LOG, *SMALL])
     assert done.code == 1 and done.metrics is None
@@ -86,7 +86,7 @@ def test_what_the_harness_raises_does_not_cost_the_checkpoint(run_main, tmp_path
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_a_perplexity_beyond_any_number_is_null_with_the_reason(run_main, tiny_checkpoint, text_folder):
+def test_an_infinite_perplexity_is_null_with_the_reason(run_main, tiny_checkpoint, text_folder):
     folder = tiny_checkpoint(tie_word_embeddings=False)
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] *= 1e5

@@ -40,7 +40,7 @@ def in_file(file: Path) -> set[str]:
 
 
 def in_project(requirements) -> set[str]:
-    """The same for a list of pyproject.toml, which names extras of its own instead of files."""
+    """The same for a list of pyproject.toml, which names its extras instead of files."""
     found = set()
     for requirement in map(Requirement, requirements):
         if requirement.name != PROJECT["name"]:
@@ -106,13 +106,13 @@ def test_a_mistake_ends_the_module_as_it_ends_the_script():
         assert done.returncode == 2 and done.stderr.startswith("error: give a MODEL and a DATASET")
 
 
-def test_ruff_has_nothing_to_say():
+def test_ruff_finds_nothing():
     done = call("-m", "ruff", "check", ".")
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow
-def test_mypy_has_nothing_to_say():
+def test_mypy_finds_nothing():
     done = call("-m", "mypy", "sparsessm", "main.py")
     assert done.returncode == 0, done.stdout + done.stderr
 

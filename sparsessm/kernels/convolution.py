@@ -55,10 +55,10 @@ def causal_conv1d(device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
 
         return causal_conv1d_fn(x, weight, bias, activation="silu")
 
-    return theirs if proves_right(theirs, device, dtype) else None
+    return theirs if agrees_with_ours(theirs, device, dtype) else None
 
 
-def proves_right(theirs: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
+def agrees_with_ours(theirs: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
     """Whether a function of x (B,D,T), weight (D,K) and bias (D,) computes our convolution and SiLU; warns if not."""
     generator = torch.Generator().manual_seed(0)
     padded, weight, bias = (

@@ -186,10 +186,10 @@ def mamba_ssm_scan(device: str, dtype: torch.dtype) -> Callable[..., Any] | None
 
         return selective_scan_fn(*arguments)
 
-    return theirs if proves_right(theirs, device, dtype) else None
+    return theirs if agrees_with_ours(theirs, device, dtype) else None
 
 
-def proves_right(theirs: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
+def agrees_with_ours(theirs: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
     """Whether a function with the signature of mamba-ssm's selective_scan_fn computes our scan; warns if not."""
     generator = torch.Generator().manual_seed(0)
     u, delta, z, B, C = (torch.randn(2, 37, n, generator=generator).to(device, dtype) for n in (24, 24, 24, 6, 6))

@@ -61,7 +61,7 @@ def perplexity(
     if not math.isfinite(mean):
         raise DivergenceError("the head outputs values that are not finite: try --dtype float32")
     if mean >= 700:
-        return Perplexity(math.inf, len(windows), tokens, f"beyond any number: {mean:.1f} nats per token")
+        return Perplexity(math.inf, len(windows), tokens, f"too large for a number: {mean:.1f} nats per token")
     return Perplexity(math.exp(mean), len(windows), tokens)
 
 

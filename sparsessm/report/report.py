@@ -192,9 +192,9 @@ def _gallery(charts: Sequence[figures.LineChart], folded: int | None = None) -> 
 
 
 def _perplexity(records: Sequence[Record]) -> str:
-    endless = [record for record in records if not all(map(math.isfinite, record.perplexity.values()))]
-    names = ", ".join(record.name for record in endless)
-    note = f'<p class="small">Not drawn, because it is not finite: {_words(names)}</p>' if endless else ""
+    infinite = [record for record in records if not all(map(math.isfinite, record.perplexity.values()))]
+    names = ", ".join(record.name for record in infinite)
+    note = f'<p class="small">Not drawn, because it is not finite: {_words(names)}</p>' if infinite else ""
     return _gallery(figures.perplexity_charts(records)) + note
 
 

@@ -232,13 +232,13 @@ def read_run(folder: Path, name: str | None = None) -> Record:
     metrics = _read_json(folder / "metrics.json")
     _check_options(options)
     metrics = {"zero_shot": {}, "dense_perplexity": {}, "versions": {}, **metrics}
-    for key in ("perplexity", "dense_perplexity"):  # null stands for a figure beyond any number
+    for key in ("perplexity", "dense_perplexity"):  # null stands for an infinite figure
         if isinstance(metrics.get(key), dict):
             metrics[key] = {name: math.inf if value is None else value for name, value in metrics[key].items()}
     for key in ("perplexity", "dense_perplexity", "sparsity", "seconds", "peak_memory_bytes"):
-        can_be_endless = key.endswith("perplexity")
+        may_be_infinite = key.endswith("perplexity")
         known = isinstance(metrics.get(key), dict) and all(map(_is_number, metrics[key].values()))
-        if not known or not (can_be_endless or all(map(math.isfinite, metrics[key].values()))):
+        if not known or not (may_be_infinite or all(map(math.isfinite, metrics[key].values()))):
             raise InputError(f"metrics.json: {key} should hold numbers by name")
     for key in ("zero_shot", "versions"):
         if not isinstance(metrics[key], dict):

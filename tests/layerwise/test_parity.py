@@ -1,4 +1,4 @@
-"""Every model is asked whether our forward is the stock one; the first layer that differs is named."""
+"""Our forward is compared with the stock one of every model; the first layer that differs is named."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_the_demo_agrees_to_a_millionth_and_is_left_as_it_was():
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_first_layer_that_differs_is_named(tiny_model, layer):
-    """The stock mixer computes something of its own, and ours, which stands in for it, does not know of it."""
+    """The stock mixer computes something else than ours, which replaces it."""
     model = tiny_model()
     for block in model.backbone.layers[layer:]:
         block.mixer.forward = lambda *args, stock=block.mixer.forward, **named: stock(*args, **named) * 1.001

@@ -1,4 +1,4 @@
-"""What was pruned before is found, stays so, counts in every total, and is neither candidate nor calibrated."""
+"""Entries pruned before are found, stay pruned, count in every total, and are neither candidates nor calibrated."""
 
 import json
 import shutil
@@ -226,7 +226,7 @@ def broken_masks(folder: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["cut short", "another model's", "numbers", "another shape"])
-def test_masks_that_are_none_are_refused(pruned, run_main, text_folder, case):
+def test_masks_that_are_invalid_are_refused(pruned, run_main, text_folder, case):
     one, _ = pruned("one", "--method", "magnitude", *A_LOG)
     broken_masks(one, case)
     done = run_main([one, text_folder, *SMALL])
@@ -238,7 +238,7 @@ def test_masks_that_are_none_are_refused(pruned, run_main, text_folder, case):
              '{"removed": {"a": [0, 1]}}', '{"removed": {"a": {"dim": 1, "index": [true]}}}', '{"removed": 1}',
              '{"history": 3}', '{"options": []}', "[" * 3000],
 )  # fmt: skip
-def test_a_record_that_is_none_is_refused(tiny_checkpoint, text):
+def test_a_record_that_is_invalid_is_refused(tiny_checkpoint, text):
     folder = tiny_checkpoint()
     (folder / "sparsessm.json").write_text(text)
     source = checkpoint.find(str(folder))

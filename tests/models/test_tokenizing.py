@@ -42,7 +42,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_tokenizer_json_that_is_none(tiny_checkpoint, demo_dir, case):
+def test_a_tokenizer_json_that_is_invalid(tiny_checkpoint, demo_dir, case):
     folder = tiny_checkpoint()
     (folder / "tokenizer.json").write_text(BROKEN[case](demo_dir))
     assert "tokenizer" in complaint(folder)

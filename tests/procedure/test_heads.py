@@ -64,7 +64,7 @@ def by_the_definition(model, windows, method):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("method", ["magnitude", "sparsessm", "sparsessm_dev", "ts_real"])
-def test_heads_go_by_the_definition(prune, tiny_windows, method, seed):
+def test_heads_are_pruned_by_the_definition(prune, tiny_windows, method, seed):
     model, windows = random_model_of("mamba2", seed=seed, **SIZES), tiny_windows(4, L)
     expected = by_the_definition(model, windows, method)
     masks = prune(model, "prune_A", windows=windows, method=method, **HALF)
@@ -163,7 +163,7 @@ def test_losses_of_states_are_those_of_sampled_steps(tiny_windows, embed):
 
 
 @pytest.mark.parametrize("method", ["structure_ts", "structure_mag", "ghost"])
-def test_states_go_by_the_definition(prune, tiny_windows, method):
+def test_states_are_removed_by_the_definition(prune, tiny_windows, method):
     model, windows = random_model_of("mamba2", **SIZES), tiny_windows(4, L)
     _, _, _, C, _, S = seen_by_hand(model, windows)
     mixer = model.backbone.layers[0].mixer
@@ -183,7 +183,7 @@ def test_states_go_by_the_definition(prune, tiny_windows, method):
     assert torch.equal(conv, torch.cat([torch.zeros(32, dtype=torch.bool), expected.repeat(4)]))
 
 
-def test_heads_go_alike_from_every_group(prune, tiny_windows):
+def test_the_same_number_of_heads_is_removed_from_every_group(prune, tiny_windows):
     model, windows = random_model_of("mamba2", **SIZES), tiny_windows(4, L)
     masks = prune(model, "prune_A", windows=windows, method="sparsessm", structure="heads", **HALF)
     assert masks["backbone.layers.0.mixer.A_log"].view(2, 4).sum(1).tolist() == [2, 2]
@@ -259,7 +259,7 @@ def test_what_an_architecture_cannot_hold_is_refused(run_main, demo_dir, text_fo
 
 
 @pytest.mark.parametrize("target", ["ssm", "mamba_block"])
-def test_the_shedder_takes_ssm_branches_and_blocks(run_main, demo_dir, text_folder, tmp_path, target):
+def test_mamba_shedder_removes_ssm_branches_and_blocks(run_main, demo_dir, text_folder, tmp_path, target):
     model = family_checkpoint(tmp_path / "in", demo_dir, "mamba2", num_hidden_layers=4)
     argv = [model, text_folder, "--method", "mamba-shedder", "--prune_A", "--sparsity", "0.5", "--shed_target", target]
     argv += ["--prune_layers"] if target == "mamba_block" else []

@@ -202,7 +202,7 @@ def test_a_removal_that_makes_the_model_diverge_is_not_taken(tiny_model, embed, 
     hook = first.out_proj.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][0, -1]))
     model(windows)
     hook.remove()
-    first.out_proj.weight[0] = -seen[0] / seen[0].square().sum()  # so out_proj puts out -1 for the first number
+    first.out_proj.weight[0] = -seen[0] / seen[0].square().sum()  # so out_proj outputs -1 for the first number
     second.in_proj.weight[:, 0] = 1e21  # u silu(z) is beyond float32 at 1, and far from it at 1e-7
     with pytest.raises(DivergenceError):
         for _ in each_layer(Layout(model), embed(model, windows), start=1):
@@ -212,7 +212,7 @@ def test_a_removal_that_makes_the_model_diverge_is_not_taken(tiny_model, embed, 
     assert steps[0][1] < 1e6
 
 
-# --- going on after an interruption --------------------------------------------------------------------------------
+# --- resuming after an interruption --------------------------------------------------------------------------------
 
 
 class Interrupted(Exception):
@@ -247,7 +247,7 @@ def test_finished_steps_are_not_tried_again(tiny_model, tiny_windows, job, tmp_p
 
 
 @pytest.mark.parametrize("target", REMOVAL_TARGETS)
-def test_the_command_goes_on_where_it_was(run_main, tmp_path, text_folder, target, tiny_checkpoint):
+def test_the_command_resumes(run_main, tmp_path, text_folder, target, tiny_checkpoint):
     """The journal of a run with one step behind it, made by hand from the events of a whole one."""
     argv = [tiny_checkpoint(num_hidden_layers=4), text_folder, "--method", "mamba-shedder", *FLAGS[target],
              "--sparsity", 0.5, "--seqlen", SEQLEN, "--nsamples", 4, "--eval_windows", 2,

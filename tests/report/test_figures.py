@@ -76,7 +76,7 @@ def test_runs_that_differ_are_other_curves_and_seeds_are_averaged(tmp_path, writ
     assert lines["sparsessm, nsamples 8"].style != lines["sparsessm, nsamples 64"].style
 
 
-def test_shed_layers_are_named_and_not_drawn(tmp_path, write_run):
+def test_removed_layers_are_named_and_not_drawn(tmp_path, write_run):
     folder = write_run(tmp_path / "run", method="mamba-shedder", prune_A=True, sparsity=0.5)
     names = [f"backbone.layers.{i}.mixer.A_log" for i in (1, 4)]
     save_file({name: torch.ones(4, 2, dtype=torch.bool) for name in names}, folder / "masks.safetensors")

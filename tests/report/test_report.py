@@ -127,7 +127,7 @@ def test_the_page_draws_every_picture(page):
     assert "30 % of A_log in layers 0 to 5" in text
 
 
-def test_zero_shot_and_endless_perplexity_are_told(tmp_path, capsys, run_report, write_run):
+def test_zero_shot_and_infinite_perplexity_are_shown(tmp_path, capsys, run_report, write_run):
     tasks = {"piqa": {"metric": "acc", "value": 0.6, "stderr": 0.1, "documents": 9}, "mean": {"value": 0.6, "stderr": 0.1}}
     write_run(tmp_path / "e" / "one", {"perplexity": {"demo": math.inf, "ptb": 12345.678}, "zero_shot": tasks})
     peaks = {"process": 1, "cuda": 2**31}

@@ -1,4 +1,4 @@
-"""The paper's tables by one command: which runs they ask for, what their files say, and that a job goes on."""
+"""The paper's tables by one command: which runs they ask for, what their files say, and that a job resumes."""
 
 import csv
 import json
