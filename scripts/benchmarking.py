@@ -74,7 +74,7 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
 
 
 def random_model(shape: str, layers: int, *, vocab: int = 50280, seed: int = 0) -> MambaForCausalLM:
-    """A stock model of a published shape with random weights and so many layers."""
+    """A stock model of a published shape with random weights and this number of layers."""
     d_model, _ = SHAPES[shape]
     torch.manual_seed(seed)
     config = MambaConfig(hidden_size=d_model, num_hidden_layers=layers, vocab_size=vocab, time_step_rank=-(-d_model // 16))
@@ -82,7 +82,7 @@ def random_model(shape: str, layers: int, *, vocab: int = 50280, seed: int = 0) 
 
 
 def random_heads(layers: int, *, vocab: int = 50288, seed: int = 0) -> Mamba2ForCausalLM:
-    """A stock model of the shape of mamba2-130m with random weights and so many layers."""
+    """A stock model of the shape of mamba2-130m with random weights and this number of layers."""
     torch.manual_seed(seed)
     config = Mamba2Config(
         hidden_size=768, num_hidden_layers=layers, vocab_size=vocab, num_heads=24, head_dim=64, state_size=128, n_groups=1,

@@ -2,7 +2,7 @@
 
     python scripts/sweep_local.py scripts/sweeps/aggregation.yaml --workers 2 --set model_path=demo dataset=demo seqlen=128
 
-Writes a table of the results as Markdown and CSV. Point N alone: --index N, which writes no table, for many may run at
+Writes a table of the results as Markdown and CSV. Point N alone: --index N, which writes no table, because many may run at
 once; how many there are: --count. Exit code: 0 when every run is there, 1 when some failed, 2 for a mistake in the call,
 128 + the signal's number when it was stopped; the same call continues.
 """

@@ -164,7 +164,7 @@ def read_documents(folder: Path, patterns: tuple[str, ...]) -> list[str]:
 
 
 def train_tokenizer(documents: list[str], vocab: int) -> Tokenizer:
-    """Byte-level BPE with `vocab` tokens (257 at the least: the bytes), END_OF_TEXT the first of them."""
+    """Byte-level BPE with `vocab` tokens (at least 257: the bytes), END_OF_TEXT the first of them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -352,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--validation_share", type=float, help="share of the windows held out")
     parser.add_argument("--save_every", type=int, help="steps between two writes of the training state")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...")
-    parser.set_defaults(**train.__kwdefaults__)  # each default stands once, in train's signature
+    parser.set_defaults(**train.__kwdefaults__)  # each default is written once, in train's signature
     options = vars(parser.parse_args(arguments))
     options["patterns"] = tuple(options["patterns"])
     if not sys.stderr.isatty():

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     with ending_by_signals():
         try:
-            chosen, resumed = parse(sys.argv[1:] if argv is None else argv)  # which serves --help
+            chosen, resumed = parse(sys.argv[1:] if argv is None else argv)  # prints --help
             from sparsessm.run import command
         except InputError as error:
             if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:

@@ -295,16 +295,16 @@ def _recorded(folder: Path) -> tuple[Options, Path]:
     known = {spec.name for spec in dataclasses.fields(Options)}
     if not isinstance(values, dict) or values.keys() != known:
         odd = sorted(values.keys() ^ known)[0] if isinstance(values, dict) else "it holds no values by name"
-        raise InputError(f"--resume {folder} was written by another version (options.json: {odd}): start the run anew")
+        raise InputError(f"--resume {folder} was written by another version (options.json: {odd}): start a new run")
     try:
         chosen = parse(argv_of(values))[0]
     except InputError as error:
-        raise InputError(f"--resume {folder}: options.json was edited ({error}): start the run anew") from None
+        raise InputError(f"--resume {folder}: options.json was edited ({error}): start a new run") from None
     parsed = json.loads(json.dumps(dataclasses.asdict(chosen)))
     for name, value in values.items():
         if parsed[name] != value or isinstance(parsed[name], bool) != isinstance(value, bool):
             shown = json.dumps(value)[:60]
-            raise InputError(f"--resume {folder}: options.json was edited ({name} is {shown}): start the run anew")
+            raise InputError(f"--resume {folder}: options.json was edited ({name} is {shown}): start a new run")
     return chosen, folder
 
 

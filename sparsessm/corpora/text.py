@@ -208,7 +208,7 @@ def _locate(name: str, data_dir: str | Path | None, calibration: bool) -> _Place
 
 
 def _splits(name: str, calibration: bool) -> tuple[str, ...]:
-    """The splits that can be used, the right one first. Local copies may come without train, where validation stands in."""
+    """The splits that can be used, the right one first. In local copies without train, validation replaces it."""
     if name == "c4":
         return ("train",) if calibration else ("validation",)
     return ("train", "validation") if calibration else ("test",)

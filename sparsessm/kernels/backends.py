@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def agrees(
-    package: str, serves: str, theirs: Callable[[], Sequence[Tensor]], ours: Sequence[Tensor], roundings: Sequence[float]
+    package: str, purpose: str, theirs: Callable[[], Sequence[Tensor]], ours: Sequence[Tensor], roundings: Sequence[float]
 ) -> bool:
     """Whether a package computes what we do, to 1e-4 and a rounding of the largest value; warns with the reason if not."""
     fault = "its values are not ours"
@@ -21,7 +21,7 @@ def agrees(
             return True
     except Exception as error:  # of any kind: our own kernel works
         fault = first_line(error)
-    warnings.warn(f"{package} is installed but is not used for {serves}: {fault}", stacklevel=3)
+    warnings.warn(f"{package} is installed but is not used for {purpose}: {fault}", stacklevel=3)
     return False
 
 

@@ -1,7 +1,7 @@
 """The selective scan for CPUs, compiled by numba: `sparsessm.kernels.selective_scan.selective_scan_ref` in one pass.
 
 Work is cut along channels, and along the batch where no sums tie it together. No number depends on how many threads
-there are, for the cut does not.
+there are, because the cut does not.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from sparsessm.threads import for_each
 
 PROVIDES = frozenset({"h2", "abar", "hh", "gram"})
 
-# Pieces that a scan is cut into at the least: the threads that can share it.
+# The least number of pieces of a scan: the threads that can share it.
 PIECES = 16
 
 
 def _cached(source: str) -> Callable[[Any], None]:
-    """`scan_piece`, compiled once and kept on disk, or compiled anew in each process where no folder takes it.
+    """`scan_piece`, compiled once and kept on disk, or compiled again in each process if no folder can be written.
 
     numba looks only at the file of a function to tell whether what it kept is still good; what it closes over is part
     of the name, so a change of the source that it is made of counts as well.

@@ -29,7 +29,7 @@ from sparsessm.kernels.selective_scan import (
 
 PROVIDES = frozenset({"h2", "abar", "hh", "gram"})
 
-# Samples whose states a program keeps side by side to sum over them; more go through one launch after the other.
+# Samples whose states a program keeps side by side to sum over them; more take one launch after the other.
 SAMPLES = 8
 # Elements of a tile for each warp that works on it: 16 states, or 32 products, in a thread.
 WARP_TILE, PRODUCT_TILE = 512, 1024

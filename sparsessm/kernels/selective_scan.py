@@ -98,7 +98,7 @@ class ScanStatistics(ScanSums):
             Without a gate, silu(z_t) counts as 1.
         counterfactual: (B,D,N), h' after the last step of the scan that ran last, left there by every scan that fills
             `gram` for the effect unit. Who cuts a sequence into pieces gives it to the next piece together with h0; a scan
-            without h0 starts h' at zero, whatever stands here.
+            without h0 starts h' at zero, whatever this field holds.
     """
 
     @classmethod
@@ -213,7 +213,7 @@ if _forced is not None and _forced not in KERNELS:
 
 @contextmanager
 def force_kernel(name: str | None) -> Iterator[None]:
-    """Makes `selective_scan` use one of KERNELS for a while, whatever it is good for; None lets it choose.
+    """Makes `selective_scan` use one of KERNELS for a while, even for slower cases; None lets it choose.
 
     The environment variable SPARSESSM_SCAN does the same for a whole process.
     """

@@ -169,7 +169,7 @@ def products(
 ):  # fmt: skip
     """Products of BI states with BJ states of BD channels over all steps of all samples.
 
-    Grid: channels / BD, N / BI, N / BJ. Both sets of states go through the recurrence here, so that threads exchange
+    Grid: channels / BD, N / BI, N / BJ. Both sets of states are computed here, so that threads exchange
     none. Arguments as in `scan`, and: counterfactual0, counterfactual (B,D,N), h' before and after, where EFFECT is UNIT;
     gram (D,N,N), added to; hh (channels / BD,N,N), the sums over each program's channels.
     """

@@ -1,7 +1,7 @@
 """One layer of the loop, together with the stream that enters it: how it is observed, and how it is changed.
 
 The stock layer's own forward does residuals, norms and multipliers; only its SSM mixer is ours while the layer is visited.
-Windows go through a layer some time steps after the other, so that what a layer makes of them never exists for all steps
+A layer processes some time steps of the windows after the other, so that its activations never exist for all steps
 at once: the mixer keeps a cache of its last inputs and its state.
 """
 
@@ -135,7 +135,7 @@ class Layer:
         self._kept: dict[tuple[int, int], tuple[Any, Tensor]] = {}  # ScanInputs, conv; by first step and first window
 
     def copy(self, module: nn.Module, stream: Stream | None = None) -> Layer:
-        """The same layer with a module of its own, on this stream or another."""
+        """The same layer with another module, on this stream or another."""
         return Layer(self.layout, self.index, module, self._stream if stream is None else stream)
 
     @property
@@ -216,7 +216,7 @@ class Layer:
     ) -> Iterator[tuple[int, Any]]:
         """Sums over all windows of what the scan sees, some time steps after the other.
 
-        Yields (first step, statistics of the steps from there on). All windows of all processes go through a piece before
+        Yields (first step, statistics of the steps from there on). All windows of all processes finish a piece before
         the next begins, so the sums of a step are complete when it is yielded, and only STEPS_AT_ONCE steps are held.
         What the scan read is kept within the budget, for `advance` after a change of A_log alone. effect: what a pruned
         entry is (ScanStatistics).

@@ -1,6 +1,6 @@
 """Whether our forward computes what stock `transformers` does: checked for every model before anything else.
 
-A short batch goes through the stock model and through ours, layer by layer. Every layer of ours is given the very input that
+The stock model and ours run on a short batch, layer by layer. Every layer of ours gets the same input that
 the stock one got, in pieces of time, and its output is compared; so is what enters the first layer and what the head makes
 of the last. The first that differs is named.
 """

@@ -190,7 +190,7 @@ def _adapter(model: nn.Module, tokenizer: Any, batch: int) -> Any:
 
     _harness_logger.setLevel(logging.ERROR)  # it warns of every model that is handed over in memory
     try:
-        # a copy, for the harness may give the tokenizer a padding token, and ours is saved with the model
+        # a copy: the harness may give the tokenizer a padding token, and ours is saved with the model
         tokenizer = copy.deepcopy(tokenizer)
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, max_length=MAX_LENGTH)
     finally:

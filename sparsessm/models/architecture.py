@@ -34,7 +34,7 @@ class Architecture:
 
     Attributes:
         layers: path of the list of layers in the causal model.
-        mixers: ours by the name of the stock class that it stands in for.
+        mixers: ours by the name of the stock class that it replaces.
         shrink: by structure, the changes of the config that a removal takes: (config, left) -> keys, where left is how
             many states or heads stay. It raises ValueError with the reason where the config cannot say so.
         neutral: keys of the config by which stock transformers changes weights when it loads them, and the values by
@@ -134,7 +134,7 @@ class Layout:
 
     @property
     def home(self) -> torch.device:
-        """Where the model lies while no layer is visited."""
+        """The device of the model while no layer is visited."""
         return self.model.get_input_embeddings().weight.device
 
     @property

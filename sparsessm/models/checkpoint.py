@@ -41,7 +41,7 @@ class Source:
 
     Attributes:
         name: what the user called it. folder: where its files lie. layout: "hf" or "state-spaces".
-        config: what to build the model from. raw_config: config.json as it stands. files: its weight files.
+        config: what to build the model from. raw_config: config.json unchanged. files: its weight files.
     """
 
     name: str
@@ -178,8 +178,8 @@ def skeleton(source: Source) -> PreTrainedModel:
 def load(source: Source, dtype: str = "auto") -> PreTrainedModel:
     """The model on the CPU, in eval mode, without gradients.
 
-    A_log is float32 whatever the dtype; below float32 its values are rounded to the dtype once, here, for every runtime
-    that loads the saved model in that dtype will round them so.
+    A_log is float32 whatever the dtype; below float32 its values are rounded to the dtype once, here, because every runtime
+    that loads the saved model in that dtype rounds them so.
 
     Raises:
         InputError: tensors missing, left over, of another shape than the config says, or with values that are not

@@ -18,7 +18,7 @@ from sparsessm.kernels.convolution import causal_conv, causal_conv_silu
 from sparsessm.kernels.matmul import linear
 
 Hooks = Mapping[str, Callable[[Tensor], None]]
-Removed = dict[str, Tensor]  # parameter name within the mixer -> bool in its shape from before, True = taken out
+Removed = dict[str, Tensor]  # parameter name within the mixer -> bool in its shape from before, True = removed
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Mixer(ABC):
 
     Attributes:
         module: the stock mixer. MODULES: names of its linear and convolution modules, in the order in which data meets
-            them; the last is what leads back to the residual stream. STRUCTURES: what can be taken out whole.
+            them; the last is what leads back to the residual stream. STRUCTURES: what can be removed whole.
     """
 
     MODULES: ClassVar[tuple[str, ...]]

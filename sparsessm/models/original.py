@@ -1,4 +1,4 @@
-"""The layout of the original state-spaces repositories: the same tensors, but for one name and the keys of the config.
+"""The layout of the original state-spaces repositories: the same tensors, except one name and the keys of the config.
 
 A config.json without `model_type`, with `ssm_cfg`; weights in pytorch_model.bin; no tokenizer. mamba_ssm reads it, and
 transformers does not. A key that is not known here is refused: it may mean another model.

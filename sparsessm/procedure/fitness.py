@@ -34,7 +34,7 @@ def check_model(options: Options, layout: Layout) -> tuple[int, int]:
     structure, m = recipe.structure, options.prunem
     if options.prune_A and structure != "entries":
         if (first, stop) != (0, count):
-            raise InputError("removing states needs every layer, for a config has one state size: drop the layer range")
+            raise InputError("removing states needs every layer, because a config has one state size: drop the layer range")
         _check_structure(options, layout, structure)
     cols = mixers[0].A_log.shape[1]
     if m and options.prune_A and cols % m:

@@ -36,7 +36,7 @@ def budget(parts: Mapping[Part, tuple[int, Sequence[float]]], sparsity: float) -
 
     Each part gives between p/2 and (1+p)/2: errors measured one part at a time say little about a model without one
     part. Each curve is replaced by its lower convex hull there; then every part is at the same slope, error per
-    entry (Lagrange), but for the last that moved.
+    entry (Lagrange), except the last that moved.
     """
     lowest, highest = math.ceil(sparsity / 2 / _STEP - 1e-9), math.floor((1 + sparsity) / 2 / _STEP + 1e-9)
     left = sparsity * sum(size for size, _ in parts.values())

@@ -33,7 +33,7 @@ class Method:
         obs_on_A_log: A_log is solved by OBS as a matrix (rows,cols) instead.
         structure: of STRUCTURES; all but "entries" are removed whole. needs_n_of_m: prunen and prunem are required.
         weights: of procedure.rules.RULES; None where the method has none.
-        search: of SEARCHES, for a saliency that knows how entries interact.
+        search: of SEARCHES, for a saliency of interacting entries.
         polish: iterations of refinement after OBS. module_order, compensate: see procedure.plan.CompensationPlan.
         allocation: "uniform", "sensitivity" (spread by alpha), "output" (by measured errors).
         removes_parts: whole SSM branches or blocks are removed greedily instead of all of the above.

@@ -62,7 +62,7 @@ class Pattern(ABC):
     """How much of a matrix is pruned, and by which rule.
 
     Attributes:
-        sparsity: share of entries. group: entries compete within groups of so many consecutive columns, None for all.
+        sparsity: share of entries. group: entries compete within groups of this number of consecutive columns, None for all.
         removes: the structure that is removed whole ("columns", "heads"), None where entries are pruned in place.
         spreads: whether parts may have different shares.
     """

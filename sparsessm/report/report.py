@@ -167,7 +167,7 @@ def _leads() -> dict[str, str]:
         "first has one vote. What lies below a ten-thousandth of the even weight is not drawn.",
         "cost": "Seconds of each phase, and the peak of memory so far when the phase had ended. Of a resumed run: of the "
         "process that ended it.",
-        "runs": "What each run pruned, layer by layer, and the command that starts it anew."
+        "runs": "What each run pruned, layer by layer, and the command that repeats it."
         '<span class="screen"> Only runs that are open are printed.</span>',
     }
     return {key: f'<p class="lead">{words}</p>' for key, words in text.items()}

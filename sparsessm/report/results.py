@@ -148,7 +148,7 @@ class Record:
         for event in self.events:
             if event.get("event") == "phase" and isinstance(event.get("peak_memory_bytes"), dict):
                 if event.get("phase") == "load":
-                    found.clear()  # a resumed run begins anew, in another process
+                    found.clear()  # a resumed run starts again, in another process
                 peaks = {where: peak for where, peak in event["peak_memory_bytes"].items() if _is_number(peak)}
                 found[str(event.get("phase"))] = peaks
         return found

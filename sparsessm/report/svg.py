@@ -23,7 +23,7 @@ _MARGIN_LEFT, _MARGIN_TOP, _MARGIN_BOTTOM = 66, 14, 44
 _LABEL_STEP = 16  # between the baselines of two labels
 _LONGEST, _LONGEST_ROW = 64, 24  # letters of a name of a line, of a row
 _STRIPS = 12  # of a mask map that stand in one column
-_CELLS = 400  # of a map of shares; one with more is an image without numbers, for each cell weighs some 250 bytes
+_CELLS = 400  # of a map of shares; one with more is an image without numbers, as a cell takes some 250 bytes
 
 # Outlines of the markers around (0,0).
 _SHAPES = {

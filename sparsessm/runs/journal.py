@@ -41,7 +41,7 @@ class Journal:
         self.folder = folder and folder / FOLDER
         self.writes = writes and folder is not None
         if self.folder and self.folder.is_symlink():
-            raise InputError(f"{self.folder} is a link: remove it, or start the run anew")
+            raise InputError(f"{self.folder} is a link: remove it, or start a new run")
         if self.folder and self.writes:
             with storing(str(self.folder), "choose --base_dir elsewhere"):
                 self.folder.mkdir(exist_ok=True)
@@ -126,7 +126,7 @@ class Journal:
             if isinstance(before, dict) and isinstance(now, dict):
                 names = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
                 which = f" ({', '.join(names)})"
-            raise InputError(f"--resume: {what} changed since the run was interrupted{which}; start it anew")
+            raise InputError(f"--resume: {what} changed since the run was interrupted{which}; start a new run")
         if before is None:
             self.store_figures(name, figures)
 
@@ -142,7 +142,7 @@ class Journal:
     def _refusal(self, name: str, reason: str) -> InputError:
         return InputError(
             f"--resume: {self._file(name)} is damaged or was edited ({reason}): remove that file to have the step done "
-            "again, or start the run anew"
+            "again, or start a new run"
         )
 
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:

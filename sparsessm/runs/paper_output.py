@@ -125,7 +125,7 @@ def trace(filled: Filled, base_dir: Path) -> dict[str, object]:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of the text as it is, but for the bars in it."""
+    """A table of the text, with its bars escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 

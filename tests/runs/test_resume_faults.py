@@ -97,7 +97,7 @@ def test_options_are_checked_as_those_of_the_command_line(interrupted, resume, c
     folder = interrupted()
     edit(folder, **EDITS[case])
     line = resume(folder)
-    assert "options.json was edited" in line and "start the run anew" in line
+    assert "options.json was edited" in line and "start a new run" in line
 
 
 @pytest.mark.parametrize(
