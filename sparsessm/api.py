@@ -65,7 +65,7 @@ def calibration(
         dataset: wikitext2, ptb, c4, demo, or a folder with train.txt or valid.txt. data_dir: with local copies.
 
     Raises:
-        sparsessm.errors.InputError: the text cannot be had, or is too short.
+        sparsessm.errors.InputError: the text is not available, or is too short.
     """
     return text.calibration_windows(dataset, tokenizer, nsamples, seqlen, seed, data_dir).ids
 
@@ -77,7 +77,7 @@ def evaluation(
     """The test text in windows (n,seqlen) int64; `windows` keeps the first ones.
 
     Raises:
-        sparsessm.errors.InputError: the text cannot be had, or is shorter than a window.
+        sparsessm.errors.InputError: the text is not available, or is shorter than a window.
     """
     return text.cut_windows(text.evaluation_stream(dataset, tokenizer, seqlen, data_dir).ids, seqlen, windows)
 
