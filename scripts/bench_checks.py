@@ -1,9 +1,9 @@
-"""What the checks at the start of a run cost: the comparison with stock transformers, and the hashes that --resume needs.
+"""Cost of the checks at the start of a run: the comparison with stock transformers, and the hashes that --resume needs.
 
     python scripts/bench_checks.py [--shapes demo 130m] [--nsamples 64] [--seqlen 2048]
 
-Each shape is loaded in a process of its own, once with the checks and once without, for the peak of memory; then half of
-its A_log is pruned on --nsamples windows by the command, and the checks are set against the seconds of that run.
+Each shape is loaded in separate processes, once with the checks and once without, for the peak of memory; then half of
+its A_log is pruned on --nsamples windows by the command, and the checks are compared with the seconds of that run.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python scripts/bench_eval.py [--shape 130m] [--layers 24] [--batch 8] [--seqlen 512] [--threads 2] [--rounds 3]
 
 Both take the cross entropy of the same windows from the same random float32 weights. The limit is the matrix rate of
-the machine, measured on the spot at the largest product of a block: "gap" is the time here over what the matrix products
+the machine, measured in the same run at the largest product of a block: "gap" is the time here over what the matrix products
 alone would take at that rate.
 """
 
@@ -34,7 +34,7 @@ from sparsessm.report.tables import text_table
 def bench(*, shape: str, layers: int, batch: int, seqlen: int, threads: int, rounds: int) -> None:
     """Prints the table."""
     torch.set_num_threads(threads)
-    keep_freed()  # as the command does; the other side gains by it as well
+    keep_freed()  # as the command does; it helps both sides
     model = random_model(shape, layers)
     windows = torch.randint(model.config.vocab_size, (batch, seqlen), generator=torch.Generator().manual_seed(1))
     tokens = batch * seqlen

@@ -5,7 +5,7 @@
 Evaluation: perplexity of the same windows from the same random float32 weights. Pruning: half of A_log of all layers by one
 pass, statistics of every kind, each as a ratio to one evaluation of the same windows. The re-creation takes one layer and
 one sample after the other, holds the state of every step (L,H,P,N), adds their squares, selects with one topk per time step,
-and sends all samples through the pruned layer once more; each side of it is a process of its own, seconds are those of
+and runs all samples through the pruned layer once more; each side runs in a separate process, seconds are those of
 pruning alone, memory is the peak of the process less what it held at the start.
 """
 
@@ -99,13 +99,13 @@ def measure(side: str, seqlen: int, threads: int) -> dict[str, object]:
 def bench(*, layers: int, batch: int, seqlen: int, threads: int, rounds: int) -> None:
     """Prints the tables."""
     torch.set_num_threads(threads)
-    # first: a process counts what its parent held when it was started to its own peak
+    # first: the peak of a process includes the memory of its parent at its start
     long = 4 * seqlen
     sides: dict[str, list[dict[str, object]]] = {"here": [], "re-creation": []}
     for _ in range(rounds):
         for side, runs in sides.items():
             runs.append(alone(measure, side, long, threads))
-    keep_freed()  # as the command does; the other side gains by it as well
+    keep_freed()  # as the command does; it helps both sides
     model = random_heads(layers)
     windows = torch.randint(model.config.vocab_size, (batch, seqlen), generator=torch.Generator().manual_seed(1))
     found: dict[str, float] = {}
@@ -116,9 +116,9 @@ def bench(*, layers: int, batch: int, seqlen: int, threads: int, rounds: int) ->
     def there() -> None:
         found["stock"] = stock_perplexity(model, windows)
 
-    peers = {"evaluation": here, "stock": there}
-    peers |= {name: lambda plan=plan: prune(model, windows, plan, batch) for name, plan in PLANS.items()}
-    seconds = in_turn(peers, rounds)
+    calls = {"evaluation": here, "stock": there}
+    calls |= {name: lambda plan=plan: prune(model, windows, plan, batch) for name, plan in PLANS.items()}
+    seconds = in_turn(calls, rounds)
     print(machine())
     print(f"mamba2-130m, {layers} layers, {batch} windows of {seqlen}, float32; medians of {rounds} rounds\n")
     tokens = batch * seqlen

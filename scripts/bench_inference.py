@@ -1,9 +1,9 @@
-"""Prefill and decoding of checkpoints side by side by stock transformers, and in words what their sparsity bought.
+"""Prefill and decoding of checkpoints side by side by stock transformers, and a sentence on what their sparsity gained.
 
     python scripts/bench_inference.py CKPT [CKPT ...] [--prompt 512] [--tokens 64] [--batch 1] [--rounds 5]
 
-The first checkpoint is what the others are held against: give the dense one. A checkpoint is a folder in either layout,
-a hub id, or demo. Runs on the GPU where there is one. `state` is what all sequences carry from token to token.
+The others are compared with the first checkpoint: give the dense one. A checkpoint is a folder in either layout,
+a hub id, or demo. Runs on the GPU where there is one. `state` is the cache of all sequences.
 """
 
 from __future__ import annotations

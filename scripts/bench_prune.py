@@ -2,14 +2,14 @@
 
     python scripts/bench_prune.py [--shape 130m] [--layers 1] [--nsamples 16] [--seqlen 2048] [--threads 2] [--rounds 3]
 
-The published procedure, as its release goes about it: each layer takes one sample after the other, materialises the
+The published procedure, as released: each layer takes one sample after the other, materialises the
 transitions (L,D,N), steps through time in Python with every state in a list, adds the squares to a running sum, selects
-with one topk per time step, and then sends all samples through the pruned layer once more. Both sides prune the same
+with one topk per time step, and then runs all samples through the pruned layer once more. Both sides prune the same
 random weights by the same formula at 50 %; the share of entries on which their masks agree is printed (the published
-running sum weighs sample k by k; here it is plain, so that the masks can be compared). Each measurement is a process of
-its own: seconds are those of pruning alone, memory is the peak of the process less what it held before. `lean` is the same
-command with --memory_budget 0: nothing is kept between the two passes over a layer. The limit is what the machine takes for
-the projections and the exponentials alone, at rates measured on the spot.
+running sum weighs sample k by k; here it is plain, so that the masks can be compared). Each measurement runs in a separate
+process: seconds are those of pruning alone, memory is the peak of the process less what it held before. `lean` is the same
+command with --memory_budget 0: nothing is kept between the passes over a layer. The limit is the time for the projections
+and the exponentials alone, at rates measured in the same run.
 """
 
 from __future__ import annotations

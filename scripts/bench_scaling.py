@@ -3,7 +3,7 @@
     python scripts/bench_scaling.py [--shape 130m] [--nsamples 8] [--seqlen 512] [--layers 2] [--offload disk]
     python scripts/bench_scaling.py --shape 2.8b --only layers --full_layers 64
 
-One of the four is varied at a time. Each measurement is a process of its own (or several, by torchrun, of one thread
+One of the four is varied at a time. Each measurement runs in a separate process (or several, by torchrun, of one thread
 each) that loads a checkpoint of random float32 weights from disk and prunes half of A_log. Seconds are those of pruning,
 memory is the peak of the whole process. The exponent is the slope of the logarithms; memory is fitted by a line, which
 --full_layers follows to the depth of a whole model.
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from benchmarking import alone, machine, peak_memory, prune_half, random_model
 
-from sparsessm.layerwise import distributed as ranks
+from sparsessm.layerwise import distributed
 from sparsessm.layerwise.memory import keep_freed
 from sparsessm.models import checkpoint
 from sparsessm.report.tables import text_table
@@ -38,27 +38,27 @@ RESULT = "result "
 def prune(folder: str, nsamples: int, seqlen: int, offload: str, budget: int | None) -> dict[str, float]:
     """Loads the checkpoint and prunes it; of several processes the first reports."""
     keep_freed()  # as the command does
-    device = ranks.start(torch.device("cpu"))
+    device = distributed.start(torch.device("cpu"))
     model = checkpoint.load(checkpoint.find(folder))
     windows = torch.randint(1024, (nsamples, seqlen), generator=torch.Generator().manual_seed(1))
     placement = {"device": device, "offload": offload, "batch": 4, "budget": budget, "scratch": folder}
     few = windows[: 4 * int(os.environ.get("WORLD_SIZE", "1")), :2]
     prune_half(model, few, layers=0, **placement)  # compiles the scan and prunes no layer
-    ranks.barrier()
+    distributed.barrier()
     start = time.perf_counter()
     prune_half(model, windows, **placement)
     found = {"seconds": time.perf_counter() - start, "bytes": peak_memory()}
-    if ranks.is_main() and "RANK" in os.environ:
+    if distributed.is_main() and "RANK" in os.environ:
         print(RESULT + json.dumps(found), flush=True)
-    ranks.stop()
+    distributed.stop()
     return found
 
 
-def by_torchrun(processes: int, *words: object) -> dict[str, float]:
+def by_torchrun(processes: int, *arguments: object) -> dict[str, float]:
     """`prune` in several processes of one thread each."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     done = subprocess.run(
-        [*launcher, __file__, "--worker", *map(str, words)], capture_output=True, text=True, check=True,
+        [*launcher, __file__, "--worker", *map(str, arguments)], capture_output=True, text=True, check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))

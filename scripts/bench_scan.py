@@ -3,7 +3,7 @@
     python scripts/bench_scan.py [--shape 130m] [--batch 8] [--steps 512] [--states 16] [--threads 2] [--rounds 5]
 
 All scan the same float32 input. `loop` is the reference of sparsessm.kernels.selective_scan: one vectorised torch step
-after the other. `stock` is what transformers runs on a CPU. The limits are measured on the spot, on numbers in the
+after the other. `stock` is what transformers runs on a CPU. The limits are measured in the same run, on numbers in the
 first-level cache, by as many threads: `exp` is the rate of the scan's own exponential, `torch.exp` that of torch,
 `step` that of an exponential with the products and sums of one state, `edge` that of the softplus and the gate of one
 channel, `fma` that of one product and sum; `copy` is the rate of reading and writing main memory. "limit" is the time
@@ -154,7 +154,7 @@ def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, roun
     def sums(*needs: str) -> ScanStatistics:
         return ScanStatistics.zeros(needs, L, D, N, "cpu")
 
-    peers = {
+    backends = {
         "fused": fused,
         "fused, h2": partial(fused, statistics=sums("h2")),
         "fused, h2 and abar": partial(fused, statistics=sums("h2", "abar")),
@@ -165,7 +165,7 @@ def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, roun
     }
     machine_limits = limits(threads) | torch_limits(threads)
     with force_kernel("cpu"):
-        seconds = in_turn(peers | {name: call for name, (call, _) in machine_limits.items()}, rounds, twice=True)
+        seconds = in_turn(backends | {name: call for name, (call, _) in machine_limits.items()}, rounds, twice=True)
 
     rates = {name: count / statistics.median(seconds[name]) for name, (_, count) in machine_limits.items()}
     states, channels, word = B * L * D * N, B * L * D, 4
@@ -177,7 +177,7 @@ def bench(*, shape: str, batch: int, steps: int, states: int, threads: int, roun
         "fused, gram": (streams, 3 + (N + 1) / 2),
     }  # fmt: skip
     rows = []
-    for name in peers:
+    for name in backends:
         median = statistics.median(seconds[name])
         cells = {"scan": name, "ms": f"{median * 1e3:.1f}", "G states/s": f"{states / median / 1e9:.2f}"}
         for other in ("loop", "loop, h2", "stock"):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: peers timed in turn in one process, medians, and a line about the machine."""
+"""What the benchmarks share: functions timed in turn in one process, medians, and a line about the machine."""
 
 from __future__ import annotations
 
@@ -49,32 +49,32 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}; {versions}"
 
 
-def in_turn(peers: Mapping[str, Callable[[], Any]], rounds: int, *, twice: bool = False) -> dict[str, list[float]]:
-    """Seconds of each peer in each round; one call each to warm up, then all peers one after the other, round by round.
+def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int, *, twice: bool = False) -> dict[str, list[float]]:
+    """Seconds of each call in each round; one call each to warm up, then all calls one after the other, round by round.
 
-    twice: calls each peer twice in a round and counts the second time, when it has got back the memory that the one before
-        it gave away: for calls of a few milliseconds.
+    twice: makes each call twice in a round and counts the second one, which has its memory back from the call before:
+        for calls of a few milliseconds.
     """
-    for peer in peers.values():
-        peer()
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, peer in peers.items():
+        for name, call in calls.items():
             if twice:
-                peer()
+                call()
             start = time.perf_counter()
-            peer()
+            call()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def median_ratio(slow: list[float], fast: list[float]) -> float:
-    """Median over the rounds of slow / fast: pairs taken in turn stand the drift of a shared machine."""
+    """Median over the rounds of slow / fast: measuring in turn cancels the drift of a shared machine."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def random_model(shape: str, layers: int, *, vocab: int = 50280, seed: int = 0) -> MambaForCausalLM:
-    """A stock model of a published shape with random weights and so many layers."""
+    """A stock model of a published shape with random weights and this number of layers."""
     d_model, _ = SHAPES[shape]
     torch.manual_seed(seed)
     config = MambaConfig(hidden_size=d_model, num_hidden_layers=layers, vocab_size=vocab, time_step_rank=-(-d_model // 16))
@@ -82,7 +82,7 @@ def random_model(shape: str, layers: int, *, vocab: int = 50280, seed: int = 0) 
 
 
 def random_heads(layers: int, *, vocab: int = 50288, seed: int = 0) -> Mamba2ForCausalLM:
-    """A stock model of the shape of mamba2-130m with random weights and so many layers."""
+    """A stock model of the shape of mamba2-130m with random weights and this number of layers."""
     torch.manual_seed(seed)
     config = Mamba2Config(
         hidden_size=768, num_hidden_layers=layers, vocab_size=vocab, num_heads=24, head_dim=64, state_size=128, n_groups=1,
@@ -102,7 +102,7 @@ def prune_half(model: nn.Module, windows: Tensor, layers: int | None = None, **p
 
 @torch.no_grad()
 def stock_perplexity(model: nn.Module, windows: Tensor) -> float:
-    """Perplexity by transformers' own forward, as anybody would write it; the cache of states is not asked for."""
+    """Perplexity by transformers' own forward, without its cache."""
     logits = model(windows, use_cache=False).logits[:, :-1].flatten(0, 1)
     return math.exp(float(F.cross_entropy(logits.float(), windows[:, 1:].flatten())))
 
@@ -112,7 +112,7 @@ PlainMixer = Callable[[nn.Module, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 @torch.no_grad()
 def published_procedure(model: nn.Module, windows: Tensor, mixer: PlainMixer, pruned: float) -> list[Tensor]:
-    """Method sparsessm at 50 % as its release goes about it, one sample after the other; the masks by layer.
+    """Method sparsessm at 50 % as released, one sample after the other; the masks by layer.
 
     mixer: of a stock mixer, its inputs (1,L,M), and whether its states are asked for: its outputs, and h^2 of the states
         that enter each step, (L,*A_log.shape). pruned: the value of A_log that it takes for no transition.
@@ -154,7 +154,7 @@ def projection_operations(block: nn.Module) -> int:
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls the function in a process of its own, so that its peak of memory is its own."""
+    """Calls the function in a separate process, so that the peak of memory is that of the call."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 

@@ -1,4 +1,4 @@
-"""What each part of sparsessm_obs is worth: the tables of docs/BEYOND.md.
+"""The effect of each part of sparsessm_obs: the tables of docs/BEYOND.md.
 
     python scripts/beyond.py MODEL DATASET [--other DATASET ...] [--only parts sparsity patterns transfer samples seeds]
 
@@ -74,7 +74,7 @@ class Bench:
 
 
 def parts(bench: Bench, other: list[str]) -> list[dict[str, str]]:
-    """Each part of the preset taken out, or put in the place of another."""
+    """Each part of the preset left out, or replaced."""
     settings = {"A_log 80 %": {**A, "sparsity": 0.8}, "A_log 95 %": {**A, "sparsity": 0.95},
                 "weights 50 %": {**WEIGHTS, "sparsity": 0.5}, "both 50 %": {**BOTH, "sparsity": 0.5}}  # fmt: skip
     alpha = {"alpha": 0.04}
@@ -85,12 +85,12 @@ def parts(bench: Bench, other: list[str]) -> list[dict[str, str]]:
         "  exact sets": [OBS, {"search": "exact"}],
         "  no refit": [OBS, {"compensate": "none"}],
         "  modules in parallel": [OBS, {"module_order": "parallel"}],
-        "  no polish": [OBS, {"polish": 0}],
+        "  no refinement": [OBS, {"polish": 0}],
         "  uniform sparsity": [OBS, {"allocation": "uniform"}],
         "  only the saliency": [OBS, {"search": "independent", "compensate": "none", "allocation": "uniform",
                                       "module_order": "parallel", "polish": 0}],
     }  # fmt: skip
-    of_weights = ("modules in parallel", "no polish")
+    of_weights = ("modules in parallel", "no refinement")
     rows = []
     for name, flags in variants.items():
         row = {"variant": name}

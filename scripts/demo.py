@@ -25,7 +25,7 @@ def measure(method: str | None) -> dict[str, Any]:
 
 
 def demo() -> None:
-    # a process for each run: the peak of its memory is then its own
+    # a process for each run, so that the peak of memory is that of the run
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         rows = [row(method, pool.apply(measure, (method,))) for method in METHODS]
     print()

@@ -1,4 +1,4 @@
-"""What each difference from the released code is worth on the demo model: the table of docs/FIDELITY.md.
+"""The effect of each difference from the released code on the demo model: the table of docs/FIDELITY.md.
 
     python scripts/fidelity.py MODEL DATASET [--seqlen 512 --nsamples 32 --eval_windows 64]
 
@@ -64,7 +64,7 @@ def vote(scores: Tensor, pattern: Pattern, first_step: bool) -> Tensor:
 
 @torch.no_grad()
 def prune_like(layout: Layout, stream: Stream, choose: Callable[[Layer], Tensor], during: str, after: str) -> None:
-    """Prunes A_log; the stream goes on with transition `during`, the model ends with transition `after`."""
+    """Prunes A_log; the stream continues with transition `during`, the model ends with transition `after`."""
     masks = []
     for layer in each_layer(layout, stream):
         masks.append(choose(layer))
@@ -106,7 +106,7 @@ def fidelity(*, model: str, dataset: str, seqlen: int, nsamples: int, eval_windo
         plan = WeightPlan(HALF, "obs", modules, alpha, conv)
 
         def prune(layout: Layout) -> None:
-            once = embed(layout)  # handed out twice, it enters pass 2 as pass 1 left it: the last layer's outputs
+            once = embed(layout)  # used twice, it enters pass 2 as pass 1 left it: the last layer's outputs
             job = Job(layout, (lambda: once) if stale else (lambda: embed(layout)), 0, layers)
             run_pass(job, PruneWeights(plan, sensitive_shares(job, plan)))
 

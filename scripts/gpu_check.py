@@ -2,12 +2,12 @@
 
     bash scripts/gpu_check.sh
 
-Needs torch with CUDA and triton, no other package; mamba-ssm is timed where it is installed, and whether causal-conv1d
-serves the convolution is said. Exit code 0 if every check
+Needs torch with CUDA and triton, no other package; mamba-ssm is timed where it is installed, and the output says
+whether causal-conv1d computes the convolution. Exit code 0 if every check
 passed, 1 if one did not, 2 where there is no GPU or no triton.
 
 Times are medians of events on the GPU, its cache emptied before each; those of mamba-ssm hold the copies that its
-layout needs. GB/s: the bytes that a scan has to move at the least (each tensor once, each sum both ways) by its time;
+layout needs. GB/s: the bytes that a scan has to move at least (each tensor once, each sum both ways) by its time;
 beside it the share of what a copy on this GPU reaches.
 """
 

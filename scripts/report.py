@@ -29,16 +29,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("experiments", type=Path, metavar="EXPERIMENTS_DIR", help="folder of runs, at any depth")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="folder for each picture as PNG and PDF")
-    words = parser.parse_args(argv)
-    if words.plots:
+    options = parser.parse_args(argv)
+    if options.plots:
         check_matplotlib()
-    runs = read_runs(words.experiments)
-    write_report(runs, words.experiments, words.output)
-    written = [str(words.output), plural(len(runs.finished), "run")]
+    runs = read_runs(options.experiments)
+    write_report(runs, options.experiments, options.output)
+    written = [str(options.output), plural(len(runs.finished), "run")]
     if runs.unfinished or runs.damaged:
         written.append(f"{len(runs.unfinished) + len(runs.damaged)} left out")
-    if words.plots:
-        written.append(f"{plural(len(write_plots(runs.finished, words.plots)), 'plot')} in {words.plots}")
+    if options.plots:
+        written.append(f"{plural(len(write_plots(runs.finished, options.plots)), 'plot')} in {options.plots}")
     print(", ".join(written))
     return 0
 

@@ -1,12 +1,12 @@
-"""Fills a table of the paper: runs what is missing, goes on where it broke off, writes Markdown, CSV and LaTeX.
+"""Fills a table of the paper: runs what is missing, resumes what was interrupted, writes Markdown, CSV and LaTeX.
 
     python scripts/reproduce.py ssm_50 --models 130m 370m
     python scripts/reproduce.py ssm_50 --models demo --dataset demo --seqlen 128 --nsamples 8 --eval_windows 8
 
 The tables are described in scripts/paper. A flag that is not one of these goes to main.py as it is: --eval_zero_shot
 fills the zero-shot columns, --data_dir DIR reads local copies of the texts. Exit code: 0 when every run of the table is
-there, 1 when some failed, 2 for a mistake in the call, 128 + the signal's number when it was stopped; the same call goes
-on.
+there, 1 when some failed, 2 for a mistake in the call, 128 + the signal's number when it was stopped; the same call
+continues.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def reproduce(
     for cell, reason in failures.items():
         print(f"failed: {cell.label}: {reason}", file=sys.stderr)
     if stopped:
-        print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
+        print(f"stopped by {stopped}; the same command continues", file=sys.stderr)
         return stopped.exit_code
     return 1 if failures else 0
 
@@ -57,12 +57,12 @@ def reproduce(
 def _described(cell: grid.Cell, base_dir: Path) -> str:
     """The command of a cell as a line of a shell; a comment where there is nothing to run."""
     if cell.refusal:
-        return f"# fails: {shlex.join(cell.words)}: {cell.refusal}"
+        return f"# fails: {shlex.join(cell.argv)}: {cell.refusal}"
     done, broken_off = grid.finished(cell, base_dir), grid.interrupted(cell, base_dir)
     if done:
         return f"# done: {done}"
-    words = ["--resume", str(broken_off)] if broken_off else cell.command(base_dir)
-    return shlex.join(["python", "main.py", *words])
+    argv = ["--resume", str(broken_off)] if broken_off else cell.command(base_dir)
+    return shlex.join(["python", "main.py", *argv])
 
 
 @ending_in_one_line
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     flags = {name: value for name in passed if (value := getattr(known, name)) is not None}
     changes = paper.Changes(
         models=known.models, dataset=known.dataset, ppl_datasets=known.ppl_datasets, only=known.only,
-        seeds=known.seeds, flags=flags, words=further,
+        seeds=known.seeds, flags=flags, argv=further,
     )  # fmt: skip
     return reproduce(
         known.table, changes, base_dir=known.base_dir, out=known.out, workers=known.workers, devices=known.devices,

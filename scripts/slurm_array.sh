@@ -3,7 +3,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --gpus=1
 #SBATCH --output=slurm-%A_%a.log
-# A sweep as a job array, one point a job; what was cut off goes on when it is submitted again. From the repository:
+# A sweep as a job array, one point a job; what was interrupted resumes when it is submitted again. From the repository:
 #   count=$(python scripts/sweep_local.py FILE --count)
 #   sbatch --array=0-$((count - 1)) scripts/slurm_array.sh FILE [--set NAME=VALUE ...]
 # Then, for the table: python scripts/sweep_local.py FILE [--set NAME=VALUE ...]

@@ -1,10 +1,10 @@
-"""Runs a sweep file without a server, several points at a time; what is done is not done again.
+"""Runs a sweep file without a server, several points at a time; finished points are not repeated.
 
     python scripts/sweep_local.py scripts/sweeps/aggregation.yaml --workers 2 --set model_path=demo dataset=demo seqlen=128
 
-Writes a table of the results as Markdown and CSV. Point N alone: --index N, which writes no table, for many may run at
+Writes a table of the results as Markdown and CSV. Point N alone: --index N, which writes no table, because many may run at
 once; how many there are: --count. Exit code: 0 when every run is there, 1 when some failed, 2 for a mistake in the call,
-128 + the signal's number when it was stopped; the same call goes on.
+128 + the signal's number when it was stopped; the same call continues.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def sweep_local(
 ) -> int:
     """Returns the exit code, or raises InputError. out: folder for the results (default: BASE_DIR/sweeps)."""
     if index is not None and not 0 <= index < len(sweep.cells):
-        raise InputError(f"--index {index} is no point of {sweep.name}: it has 0 to {len(sweep.cells) - 1}")
+        raise InputError(f"--index {index} is not a point of {sweep.name}: it has 0 to {len(sweep.cells) - 1}")
     cells = sweep.cells if index is None else [sweep.cells[index]]
     failures, stopped = {}, None
     try:
@@ -44,7 +44,7 @@ def sweep_local(
     for cell, reason in failures.items():
         print(f"failed: {cell.label}: {reason}", file=sys.stderr)
     if stopped:
-        print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
+        print(f"stopped by {stopped}; the same command continues", file=sys.stderr)
         return stopped.exit_code
     return 1 if failures else 0
 

@@ -12,7 +12,7 @@ tokenizer.
 
 The forward pass is written out here because stock transformers, without CUDA kernels, differentiates through a Python
 loop that indexes (B,D,L,N) tensors, and the backward of every index is as large as what it indexes. SelectiveScan loops
-as well, but has a backward of its own. tests/test_train_demo.py holds both against stock transformers. References: Gu
+as well, but has its own backward. tests/test_train_demo.py compares both with stock transformers. References: Gu
 and Dao 2023 (section 3.2; appendix E.2 for the optimiser); data order and training state follow nanoGPT's train.py.
 
 Letters: B batch, L seqlen, D d_inner, N d_state, M d_model, R dt_rank, V vocabulary.
@@ -71,7 +71,7 @@ def train(
 
     text_folder: searched recursively for files that match `patterns`. validation_share: of all windows, held out evenly
     over the text. save_every: steps between two writes of the training state `output`.training.pt, from which the next
-    call goes on. Raises InputError if there is no text or too little, if a number is out of range, if `output` exists,
+    call continues. Raises InputError if there is no text or too little, if a number is out of range, if `output` exists,
     or if the training state is of another text or of other settings.
     """
     numbers = dict(
@@ -109,7 +109,7 @@ def train(
     )
     model = MambaForCausalLM(config).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=lr, betas=BETAS)
-    # What the result depends on: a state of other settings cannot be gone on from. (save_every is not among them.)
+    # What the result depends on: a state of other settings cannot be resumed. (save_every is not among them.)
     settings = {
         **{name: number for name, number in numbers.items() if name != "save_every"},
         "seed": seed,
@@ -120,7 +120,7 @@ def train(
     if state:
         changed = [name for name, value in settings.items() if state["settings"][name] != value]
         if changed:
-            raise InputError(f"{state_file} was begun with another {', '.join(changed)}: give the same, or delete it")
+            raise InputError(f"{state_file} was started with another {', '.join(changed)}: give the same, or delete it")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
@@ -164,7 +164,7 @@ def read_documents(folder: Path, patterns: tuple[str, ...]) -> list[str]:
 
 
 def train_tokenizer(documents: list[str], vocab: int) -> Tokenizer:
-    """Byte-level BPE with `vocab` tokens (257 at the least: the bytes), END_OF_TEXT the first of them."""
+    """Byte-level BPE with `vocab` tokens (at least 257: the bytes), END_OF_TEXT the first of them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -318,7 +318,7 @@ def schedule(step: int, steps: int) -> float:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place once the block is through: nothing is ever half written."""
+    """A temporary path beside `path`, which replaces it at the end of the block: no file is ever half written."""
     temporary = path.with_name(f".{path.name}.partial")
     yield temporary
     os.replace(temporary, path)
@@ -352,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--validation_share", type=float, help="share of the windows held out")
     parser.add_argument("--save_every", type=int, help="steps between two writes of the training state")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...")
-    parser.set_defaults(**train.__kwdefaults__)  # each default stands once, in train's signature
+    parser.set_defaults(**train.__kwdefaults__)  # each default is written once, in train's signature
     options = vars(parser.parse_args(arguments))
     options["patterns"] = tuple(options["patterns"])
     if not sys.stderr.isatty():

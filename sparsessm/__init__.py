@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sparsessm.pruning.saliency import register_saliency
     from sparsessm.result import Result
 
-# Where each public name is; loaded when first asked for, so that --help need not wait for torch.
+# Where each public name is; imported on first use, so that --help does not wait for torch.
 _PUBLIC = {
     **dict.fromkeys(("load", "calibration", "evaluation", "prune", "perplexity", "save"), "sparsessm.api"),
     "register_saliency": "sparsessm.pruning.saliency",

@@ -9,18 +9,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sparsessm.errors import FAULT, INTERRUPTED, UNUSABLE, InputError, ending_by_signals
+from sparsessm.errors import BUG, INTERRUPTED, UNUSABLE, InputError, ending_by_signals
 from sparsessm.options import parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 2 for what the user can correct, 130 after an interruption, 1 for a fault, each with one line.
+    """Exit code: 0; 2 for an error that the user can correct, 130 after an interruption, 1 for a bug, each with one line.
 
-    argv: the words after the program's name, by default those of this process.
+    argv: the arguments after the program's name, by default those of this process.
     """
     with ending_by_signals():
         try:
-            chosen, resumed = parse(sys.argv[1:] if argv is None else argv)  # which serves --help
+            chosen, resumed = parse(sys.argv[1:] if argv is None else argv)  # prints --help
             from sparsessm.run import command
         except InputError as error:
             if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return UNUSABLE
         except ImportError as error:
             print(f"error: {error}: pip install -r requirements.txt", file=sys.stderr)
-            return FAULT
+            return BUG
         except KeyboardInterrupt:
-            print("interrupted before anything was begun", file=sys.stderr)
+            print("interrupted before anything was started", file=sys.stderr)
             return INTERRUPTED
         return command(chosen, resumed)
 

@@ -32,7 +32,7 @@ from sparsessm.result import Result, result_of, versions
 # What `prune` calls the two phases of the paper, and the option that asks for each.
 PARTS = {"A_log": "prune_A", "weights": "prune_layers"}
 
-# What models have lost before, by the model: what `load` found and `prune` did.
+# What was pruned before, by model: what `load` found and `prune` did.
 _histories: WeakKeyDictionary[PreTrainedModel, History] = WeakKeyDictionary()
 # Options of the last run, for the record of `save`.
 _runs: WeakKeyDictionary[PreTrainedModel, dict[str, Any]] = WeakKeyDictionary()
@@ -65,7 +65,7 @@ def calibration(
         dataset: wikitext2, ptb, c4, demo, or a folder with train.txt or valid.txt. data_dir: with local copies.
 
     Raises:
-        sparsessm.errors.InputError: the text cannot be had, or is too short.
+        sparsessm.errors.InputError: the text is not available, or is too short.
     """
     return text.calibration_windows(dataset, tokenizer, nsamples, seqlen, seed, data_dir).ids
 
@@ -77,7 +77,7 @@ def evaluation(
     """The test text in windows (n,seqlen) int64; `windows` keeps the first ones.
 
     Raises:
-        sparsessm.errors.InputError: the text cannot be had, or is shorter than a window.
+        sparsessm.errors.InputError: the text is not available, or is shorter than a window.
     """
     return text.cut_windows(text.evaluation_stream(dataset, tokenizer, seqlen, data_dir).ids, seqlen, windows)
 
@@ -88,10 +88,10 @@ def perplexity(
     """exp of the mean negative log likelihood of L-1 tokens in each of the windows (n,L); no number beyond exp(700).
 
     Args:
-        batch: windows that go through a layer together. device: where layers compute. offload: where windows wait.
+        batch: windows that a layer processes together. device: where layers compute. offload: where windows wait.
 
     Raises:
-        sparsessm.errors.DivergenceError: a layer or the head puts out values that are not finite.
+        sparsessm.errors.DivergenceError: a layer or the head outputs values that are not finite.
     """
     return perplexity_of(Layout(model), windows, device=device_named(device), offload=offload, batch=batch).value
 
@@ -108,7 +108,7 @@ def prune(
     report: Callable[..., None] = no_report,
     **options: Any,
 ) -> Result:
-    """Prunes a model in place, as the command line would; what it had lost before stays so, and counts.
+    """Prunes a model in place, as the command line does; entries that were pruned before stay pruned, and count.
 
     Args:
         windows: (n,L) int64 calibration windows of token ids, from `calibration` or your own.
@@ -117,16 +117,16 @@ def prune(
         report: called for each finished layer, report(phase, layer, **figures).
 
     Returns:
-        Masks by parameter name, shares that are gone, and what `save` needs to know.
+        Masks by parameter name, pruned shares, and what `save` needs to know.
 
     Raises:
-        sparsessm.errors.InputError: options or a model that cannot be pruned so, before anything is changed; or a model
+        sparsessm.errors.InputError: options that do not fit the model, before anything is changed; or a model
             that stock `transformers` of this version computes in another way.
         sparsessm.errors.NumericalError: a Hessian or a stream without finite values, with the parameter's name.
     """
     unknown = sorted(set(parts) - PARTS.keys()) + sorted(set(options) - {spec.name for spec in dataclasses.fields(Options)})
     if unknown:
-        raise InputError(f"prune knows no {unknown[0]}: parts are {', '.join(PARTS)}, options are the command line's flags")
+        raise InputError(f"prune does not know {unknown[0]}: parts are {', '.join(PARTS)}, options are main.py's flags")
     asked: dict[str, Any] = {flag: part in parts for part, flag in PARTS.items()}
     count, seqlen = windows.shape
     chosen = Options(

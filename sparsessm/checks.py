@@ -1,4 +1,4 @@
-"""What can be wrong with options, said in one line each: alone, and for the model that they name."""
+"""Checks of the options; each error is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsessm.pruning.saliency import SALIENCIES
 
 
 def check(options: Any) -> None:
-    """Everything that can be known to be wrong with Options without looking at the model.
+    """Every check of Options that does not need the model.
 
     Raises:
         InputError: one line that says what to do.
@@ -42,7 +42,7 @@ def check(options: Any) -> None:
         raise InputError(f"--time_discount must be above 0, not {options.time_discount}")
     name, base = options.experiment_name, os.path.abspath(options.base_dir)
     if "\0" in name or not Path(os.path.abspath(os.path.join(base, name))).is_relative_to(base) or name.strip(" ./") == "":
-        raise InputError(f"--experiment_name {name} is no folder below --base_dir: give a plain name")
+        raise InputError(f"--experiment_name {name} is not a folder below --base_dir: give a plain name")
     if options.overwrite and not options.save:
         raise InputError("--overwrite does nothing alone: add --save")
     _check_zero_shot(options)
@@ -72,7 +72,7 @@ def _check_method(options: Any) -> None:
         _check_removal(options)
         return
     if options.shed_target:
-        raise InputError(f"--method {name} removes no whole parts: leave out --shed_target")
+        raise InputError(f"--method {name} does not remove whole parts: leave out --shed_target")
     if options.prune_A and not method.prunes_A_log:
         able = [key for key, value in METHODS.items() if value.prunes_A_log]
         raise InputError(f"--method {name} has no rule for A_log; for --prune_A use one of: {', '.join(able)}")
@@ -94,14 +94,14 @@ def _check_compensation(options: Any, method: Method) -> None:
         able = [key for key, value in SALIENCIES.items() if value.interacts]
         raise InputError(f"--search {method.search} needs a saliency that knows how entries interact: {', '.join(able)}")
     if options.polish and method.weights != "obs":
-        raise InputError(f"--polish goes on from OBS, which --method {options.method} does not do for weights")
+        raise InputError(f"--polish refines the weights of OBS, which --method {options.method} does not use")
     if options.structure not in (None, "entries") and not options.prune_A:
-        raise InputError(f"--structure {options.structure} takes parts of the SSM out: give --prune_A")
+        raise InputError(f"--structure {options.structure} removes parts of the SSM: give --prune_A")
     if options.alpha and method.allocation == "output":
         raise InputError("--allocation output needs no --alpha: leave one of them out")
     plain = (method.compensate, method.module_order) == ("none", "parallel")
     if options.alpha and method.allocation == "sensitivity" and not plain:
-        raise InputError("--alpha does not go with --compensate and --module_order: use --allocation output")
+        raise InputError("--alpha cannot be combined with --compensate and --module_order: use --allocation output")
     if method.allocation == "output" and not options.spreads(method):
         raise InputError("--allocation output spreads an unstructured sparsity: leave it out with N:M and columns")
 
@@ -109,12 +109,12 @@ def _check_compensation(options: Any, method: Method) -> None:
 def _check_removal(options: Any) -> None:
     target, name = options.removal_target, options.method
     if options.saliency or options.aggregate or options.module:
-        raise InputError(f"--method {name} goes by perplexity alone: leave out --saliency, --aggregate and --module")
+        raise InputError(f"--method {name} uses perplexity alone: leave out --saliency, --aggregate and --module")
     if options.prunen or options.prunem:
         raise InputError(f"--method {name} removes whole parts: give --sparsity, not --prunen and --prunem")
     if target == "ssm" and (options.prune_layers or not options.prune_A):
         raise InputError(
-            "--shed_target ssm goes with --prune_A and without --prune_layers; "
+            "--shed_target ssm needs --prune_A, without --prune_layers; "
             "to remove whole blocks give --prune_layers and --shed_target mamba_block"
         )
     if target == "mamba_block" and not options.prune_layers:

@@ -1,7 +1,7 @@
-"""Every error that the command names: one hierarchy, one line each, and what the exit code says.
+"""Every error that the command names: one hierarchy, one line each, and the exit codes.
 
 Whatever a user, a file, a disk, a network, a number or a signal can cause is raised as one of these where it arises. Any
-other exception that reaches the command is a fault of the program.
+other exception that reaches the command is a bug.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-FAULT, UNUSABLE, INTERRUPTED = 1, 2, 130  # exit codes
+BUG, UNUSABLE, INTERRUPTED = 1, 2, 130  # exit codes
 
-# What the system says when it takes no more.
+# Errors of the system that mean that the disk is full.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SparseSSMError(Exception):
-    """Something that has a name. The message is one line that says what to do; the command prints it and exits with 2."""
+    """An expected error. The message is one line that says what to do; the command prints it and exits with 2."""
 
 
 class InputError(SparseSSMError, ValueError):
@@ -30,7 +30,7 @@ class InputError(SparseSSMError, ValueError):
 
 
 class StorageError(InputError):
-    """A place takes no files, or no more of them."""
+    """Files cannot be written, or the disk is full."""
 
 
 class NumericalError(SparseSSMError, ArithmeticError):
@@ -38,7 +38,7 @@ class NumericalError(SparseSSMError, ArithmeticError):
 
 
 class DivergenceError(NumericalError):
-    """A layer puts out values that are not finite."""
+    """A layer outputs values that are not finite."""
 
 
 class SolverError(NumericalError):
@@ -59,7 +59,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the system takes no more, also where a library says so in words alone."""
+    """Whether the disk is full, also where only the message of a library says so."""
     code = error.errno if isinstance(error, OSError) else None
     return code in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
 
@@ -67,7 +67,7 @@ def is_disk_full(error: BaseException) -> bool:
 def storage_reason(error: BaseException) -> str | None:
     """Why the system refused to write, None where the error is of another kind.
 
-    torch, safetensors, pyarrow and tokenizers wrap the system's error in their own, so its words count as well.
+    torch, safetensors, pyarrow and tokenizers wrap the system's error in their own, so the message is read as well.
     """
     if is_disk_full(error):
         return f"the disk is full: {first_line(error)}"
@@ -78,8 +78,8 @@ def storage_reason(error: BaseException) -> str | None:
 
 
 @contextmanager
-def storing(what: str, remedy: str = "make room, or name another place") -> Iterator[None]:
-    """Gives an error of the disk its name: "WHAT could not be written (the disk is full): make room, or ..."."""
+def storing(what: str, remedy: str = "free some space, or name another place") -> Iterator[None]:
+    """Makes an error of the disk a StorageError: "WHAT could not be written (the disk is full): free ..."."""
     try:
         yield
     except SparseSSMError:
@@ -120,7 +120,7 @@ def ending_by_signals() -> Iterator[None]:
 
 
 def check_interrupted() -> None:
-    """Raises Interrupted where a signal came at a moment that could not end the run (a call back from compiled code)."""
+    """Raises Interrupted if a signal arrived where it could not end the run (in a callback from compiled code)."""
     if _interrupted:
         raise Interrupted("a signal")
 

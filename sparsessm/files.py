@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all, and locks that vanish with their process.
 
-A regular file, or a new name, is replaced by a rename. Links, pipes and devices stay what they are: what is written goes
+A regular file, or a new name, is replaced by a rename. Links, pipes and devices stay: what is written goes
 through them. A folder that holds other things is exchanged for its successor in one step of the file system, with those
 other things in it.
 """
@@ -51,7 +51,7 @@ def write_whole(path: Path, write: Callable[[Path], Any], *, follow: bool = True
     special = follow and path.exists() and not path.is_file()
     if special and path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    # a name of its own, made anew: what lies in the way is neither followed nor overwritten
+    # a new unique name: an existing file or link is neither followed nor overwritten
     handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=None if special else path.parent)
     os.close(handle)
     partial = Path(name)
@@ -109,8 +109,8 @@ def exchange(one: Path, other: Path) -> bool:
 class Lock:
     """A lock of the system's on a file, held until `release` or the end of the process.
 
-    The file goes with the lock. Where the file system knows no locks there is none, and two runs at once are for their
-    owners to avoid.
+    The file goes with the lock. Where the file system knows no locks there is none, and users must
+    not start two runs at once.
     """
 
     def __init__(self, path: Path, busy: str) -> None:

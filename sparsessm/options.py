@@ -25,8 +25,8 @@ from sparsessm.pruning.methods import (
     METHODS,
     MODULE_ORDERS,
     PRUNED_A_LOG,
+    REMOVAL_TARGETS,
     SEARCHES,
-    SHED_TARGETS,
     STRUCTURES,
     Method,
 )
@@ -35,7 +35,7 @@ from sparsessm.pruning.saliency import SALIENCIES
 # What --target_modules takes; models.architecture says what they are.
 MODULE_KINDS = ("nn.Linear", "nn.Conv1d")
 
-# Options that say where things go and not what is done: what is saved does not depend on them.
+# Options that only set paths: the saved files do not depend on them.
 PLACES = ("save", "overwrite", "experiment_name", "base_dir", "log_wandb", "offload", "memory_budget")
 
 
@@ -49,7 +49,7 @@ def _boolean(text: str) -> bool:
 
 
 def _option(default: Any, about: str, *, names: Sequence[str] = (), **argument: Any) -> Any:
-    """A field with what argparse has to know of it; `names` are further spellings of the flag."""
+    """A field with its arguments for argparse; `names` are further spellings of the flag."""
     return field(default=default, metadata={"help": about, "names": names, **argument})
 
 
@@ -58,7 +58,7 @@ def _flag(about: str, *, names: Sequence[str] = ()) -> Any:
     return _option(False, about, names=names, type=_boolean, nargs="?", const=True, metavar="BOOL")
 
 
-# Flags that replace the part of a method that goes by the same name.
+# Flags that replace the part of a method that has the same name.
 OVERRIDES = ("saliency", "structure", "search", "aggregate", "polish", "module_order", "compensate", "allocation")
 
 
@@ -86,13 +86,13 @@ class Options:
         None,
         "what mamba-shedder removes: ssm, a layer's scan, y = D u stays (the default with --prune_A); mamba_block, whole "
         "blocks (with --prune_layers)",
-        choices=SHED_TARGETS,
+        choices=REMOVAL_TARGETS,
     )
 
     saliency: str | None = _option(None, "score of an entry of A_log, instead of the method's", choices=SALIENCIES)
     structure: str | None = _option(
         None,
-        "entries; columns: whole states are taken out; heads: whole heads of Mamba-2; instead of the method's",
+        "entries; columns: whole states are removed; heads: whole heads of Mamba-2; instead of the method's",
         choices=STRUCTURES,
     )
     search: str | None = _option(
@@ -121,14 +121,14 @@ class Options:
     polish: int | None = _option(None, "iterations toward the best weights for the mask that OBS ends with", type=int)
     module_order: str | None = _option(
         None,
-        "parallel: the modules of a block on the inputs of the block as it was; sequential: each on what the pruned ones "
-        "before it put out",
+        "parallel: the modules of a block on the inputs of the block as it was; sequential: each on the outputs of the "
+        "pruned ones before it",
         choices=MODULE_ORDERS,
     )
     compensate: str | None = _option(
         None, "out_proj: refit it toward the dense model's stream after the block", choices=COMPENSATIONS
     )
-    ridge: float = _option(0.1, "pull of the refit toward the old weights, as a share of the mean diagonal", type=float)
+    ridge: float = _option(0.1, "ridge of the refit toward the old weights, as a share of the mean diagonal", type=float)
     allocation: str | None = _option(
         None,
         "sparsity of layers and modules: uniform; sensitivity, spread by alpha; output, by measured errors of the blocks",
@@ -139,15 +139,15 @@ class Options:
     seqlen: int = _option(2048, "tokens per window", type=int)
     seed: int = _option(0, "seed of the calibration windows", type=int)
     data_dir: str | None = _option(None, "folder with local copies of wikitext2, ptb, c4")
-    calib_batch: int = _option(8, "calibration windows that go through a block together", type=int)
+    calib_batch: int = _option(8, "calibration windows that a block processes together", type=int)
 
     ppl_datasets: tuple[str, ...] | None = _option(
-        None, "what to take the perplexity on (default: DATASET; none: nothing)", nargs="+"
+        None, "texts to evaluate the perplexity on (default: DATASET; none: nothing)", nargs="+"
     )
     eval_windows: int | None = _option(None, "evaluate the first windows only", type=int)
-    eval_batch: int = _option(8, "evaluation windows that go through a block together", type=int)
+    eval_batch: int = _option(8, "evaluation windows that a block processes together", type=int)
     eval_dense: bool = _flag("evaluate the model before pruning as well")
-    eval_zero_shot: bool = _flag("take the zero-shot accuracy by lm-evaluation-harness (requirements-zero-shot.txt)")
+    eval_zero_shot: bool = _flag("measure the zero-shot accuracy by lm-evaluation-harness (requirements-zero-shot.txt)")
     zero_shot_tasks: tuple[str, ...] = _option(TASKS, "tasks of the harness", nargs="+")
     zero_shot_include: str | None = _option(None, "folder of further task YAMLs for the harness")
     zero_shot_batch: int = _option(16, "choices that the harness feeds to the model together", type=int)
@@ -158,7 +158,7 @@ class Options:
     device: str = _option("auto", "where blocks compute: auto, cpu, cuda, cuda:1 ...")
     offload: str = _option(
         "cpu",
-        "where the inputs of a block wait: device, the compute device; cpu, main memory; disk, a file in the run folder",
+        "where the inputs of a block are kept: device, the compute device; cpu, main memory; disk, a file in the run folder",
         choices=("device", "cpu", "disk"),
     )
     memory_budget: float | None = _option(
@@ -177,9 +177,9 @@ class Options:
 
     @property
     def recipe(self) -> Method | None:
-        """The method's row, with what the flags of the same names replace in it.
+        """The method's row, with the parts that flags replace.
 
-        A method's own allocation by output gives way to a uniform one where a pattern leaves nothing to spread.
+        A method's own allocation by output becomes uniform if the pattern does not allow different sparsities.
         """
         if self.method is None:
             return None
@@ -190,17 +190,17 @@ class Options:
         return recipe
 
     def spreads(self, recipe: Method) -> bool:
-        """Whether parts can have sparsities of their own: not with N:M, nor where whole states go."""
+        """Whether parts can have different sparsities: not with N:M, nor where whole states are removed."""
         return not self.prunem and not (recipe.structure != "entries" and self.prune_A)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is done, without where things go (PLACES)."""
+        """All options but the paths (PLACES)."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in PLACES}
 
     @property
     def share(self) -> float:
-        """The sparsity, where it is not N:M that says how much goes."""
+        """The sparsity, unless N:M sets it."""
         assert self.sparsity is not None
         return self.sparsity
 
@@ -212,12 +212,12 @@ class Options:
 
     @property
     def removal_target(self) -> str:
-        """What a method that removes parts removes."""
+        """The parts that a removing method removes."""
         return self.shed_target or ("ssm" if self.prune_A else "mamba_block")
 
 
 def program() -> str:
-    """The words that called this program, as far as they tell: main.py, the module or the installed command."""
+    """How this program was called, as far as argv tells: main.py, the module or the installed command."""
     called = Path(sys.argv[0] if sys.argv else "")
     if called.name == "__main__.py" and called.parent.name == "sparsessm":
         return "python -m sparsessm"
@@ -232,7 +232,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> tuple[Options, Path | None]:
-    """Options from command-line words, and the folder of the run to go on with, if any.
+    """Options from the command line, and the folder of the run to resume, if any.
 
     Raises:
         InputError: for unknown flags and for whatever `check` finds.
@@ -248,24 +248,24 @@ def parse(argv: Sequence[str]) -> tuple[Options, Path | None]:
         arguments = dict(spec.metadata)
         names = ["--model_path" if spec.name == "model" else f"--{spec.name}", *arguments.pop("names")]
         parser.add_argument(*names, dest=spec.name, default=spec.default, **arguments)
-    parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with an interrupted run; takes no other option")
+    parser.add_argument("--resume", metavar="RUN_FOLDER", help="resume an interrupted run; takes no other option")
     known = vars(parser.parse_intermixed_args(list(argv)))
-    words, resume = known.pop("positionals"), known.pop("resume")
+    positionals, resume = known.pop("positionals"), known.pop("resume")
     if resume is not None:
-        if len(argv) > 2 or words:
-            raise InputError("--resume takes the options of the run that it goes on with: leave out all others")
+        if len(argv) > 2 or positionals:
+            raise InputError("--resume takes the options of the run that it resumes: leave out all others")
         return _recorded(Path(resume))
-    for name, word in zip(("model", "dataset"), words, strict=False):
+    for name, word in zip(("model", "dataset"), positionals, strict=False):
         if known[name] is not None:
             raise InputError(f"the {name} is given twice: {word} and {known[name]}")
         known[name] = word
-    if len(words) > 2:
-        raise InputError(f"expected MODEL and DATASET, got {len(words)} words: {' '.join(words)}")
+    if len(positionals) > 2:
+        raise InputError(f"expected MODEL and DATASET, got {len(positionals)} arguments: {' '.join(positionals)}")
     return _frozen(known), None
 
 
 def _frozen(values: dict[str, Any]) -> Options:
-    """Options with every place as it is from everywhere: absolute, and without ~."""
+    """Options with absolute paths, without ~."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     for name in ("data_dir", "zero_shot_include", "save", "base_dir"):
         if values[name] is not None:
@@ -295,26 +295,26 @@ def _recorded(folder: Path) -> tuple[Options, Path]:
     known = {spec.name for spec in dataclasses.fields(Options)}
     if not isinstance(values, dict) or values.keys() != known:
         odd = sorted(values.keys() ^ known)[0] if isinstance(values, dict) else "it holds no values by name"
-        raise InputError(f"--resume {folder} was written by another version (options.json: {odd}): start the run anew")
+        raise InputError(f"--resume {folder} was written by another version (options.json: {odd}): start a new run")
     try:
         chosen = parse(argv_of(values))[0]
     except InputError as error:
-        raise InputError(f"--resume {folder}: options.json was edited ({error}): start the run anew") from None
+        raise InputError(f"--resume {folder}: options.json was edited ({error}): start a new run") from None
     parsed = json.loads(json.dumps(dataclasses.asdict(chosen)))
     for name, value in values.items():
         if parsed[name] != value or isinstance(parsed[name], bool) != isinstance(value, bool):
             shown = json.dumps(value)[:60]
-            raise InputError(f"--resume {folder}: options.json was edited ({name} is {shown}): start the run anew")
+            raise InputError(f"--resume {folder}: options.json was edited ({name} is {shown}): start a new run")
     return chosen, folder
 
 
 def argv_of(values: Mapping[str, Any]) -> list[str]:
-    """The words of the command line that say the same as the values of options.json."""
-    words = []
+    """The command-line arguments that say the same as the values of options.json."""
+    argv = []
     for name, value in values.items():
         flag = "--model_path" if name == "model" else f"--{name}"
         if isinstance(value, list):
-            words += [flag, *map(str, value)]
+            argv += [flag, *map(str, value)]
         elif value is not None:
-            words.append(f"{flag}={value}")
-    return words
+            argv.append(f"{flag}={value}")
+    return argv

@@ -1,4 +1,4 @@
-"""What a pruned model has lost: this run's masks together with those from before, counted, saved and reported."""
+"""What was pruned from a model: this run's masks together with those from before, counted, saved and reported."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from sparsessm.procedure.removal import RemovedParts
 
 @dataclass(frozen=True)
 class Result:
-    """What pruning made of a model.
+    """The result of pruning a model.
 
     Attributes:
         masks: by parameter name as in the model now, bool, True = pruned, in the shape from before anything was removed;
             what earlier runs pruned is in them.
-        sparsity: shares that are gone: "ssm" of the entries of A_log, "layers" of the weights that can be pruned, "model".
+        sparsity: pruned shares: "ssm" of the entries of A_log, "layers" of the weights that can be pruned, "model".
         counts: pruned and total entries by parameter name as in the model before.
-        removed_layers: indices of layers that were taken out whole, in the model before.
-        past: what the record of a saved model says of what is no longer in it, and of earlier runs.
+        removed_layers: indices of layers that were removed whole, in the model before.
+        past: the part of a saved model's record about removed parts and earlier runs.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -35,8 +35,8 @@ class Result:
 
 
 def result_of(history: History, ledger: Ledger, removed: RemovedParts) -> Result:
-    """What a run made of a model with a history; ledger: of the model before the run."""
-    merged = history.merged(removed.masks)  # of layers that were removed, what went with them counts instead
+    """The result of a run on a model with a history; ledger: of the model before the run."""
+    merged = history.merged(removed.masks)  # of removed layers, the entries removed with them count instead
     counts = counts_of({name: mask for name, mask in merged.items() if name not in removed.gone})
     counts |= {name: {"pruned": size, "total": size} for name, size in removed.gone.items()}
     rest = history.without_layers(removed.layers)
@@ -52,7 +52,7 @@ def result_of(history: History, ledger: Ledger, removed: RemovedParts) -> Result
 
 
 def versions() -> dict[str, str]:
-    """Versions of all that a figure may depend on, by package."""
+    """Versions of the packages that a figure may depend on."""
     found = {"sparsessm": sparsessm.__version__, "python": sys.version.split()[0]}
     for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "mamba-ssm", "lm-eval"):
         try:

@@ -1,4 +1,4 @@
-"""One run: its words become options, what can be wrong is looked for, a job is done, and every error gets its line."""
+"""One run: the options are checked, the steps are done, and every error becomes one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import transformers
 from sparsessm import options
 from sparsessm.corpora import text
 from sparsessm.errors import (
-    FAULT,
+    BUG,
     INTERRUPTED,
     UNUSABLE,
     InputError,
@@ -44,7 +44,7 @@ logger = logging.getLogger("sparsessm")
 
 
 def command(chosen: Options, resumed: Path | None) -> int:
-    """Does what the command line says; returns the exit code, and says in one line what any but 0 is for."""
+    """Executes the command; returns the exit code, with one line of reason for any but 0."""
     is_main = True
     try:
         is_main = distributed.launched()[0] == 0
@@ -54,9 +54,9 @@ def command(chosen: Options, resumed: Path | None) -> int:
     except KeyboardInterrupt as error:
         return _said("interrupted", error, INTERRUPTED, is_main)
     except Exception as error:
-        where = getattr(error, "__notes__", None) or ["no run was begun"]
-        print(f"error: a fault in sparsessm ({type(error).__name__}: {first_line(error)}); {where[-1]}", file=sys.stderr)
-        return FAULT
+        where = getattr(error, "__notes__", None) or ["no run was started"]
+        print(f"error: a bug in sparsessm ({type(error).__name__}: {first_line(error)}); {where[-1]}", file=sys.stderr)
+        return BUG
     if is_main:
         print(text_table([row(chosen.method, metrics)]))
     return 0
@@ -75,8 +75,8 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
         resumed: the folder of an interrupted run with these options, to be resumed.
 
     Raises:
-        SparseSSMError: for whatever has a name; of what the user can correct, before the model is loaded where that can
-            be known. After the run folder is there, its notes say how to resume where that helps.
+        SparseSSMError: any expected error; errors that the user can correct are raised before the model is loaded where
+            possible. Once the run folder exists, its notes say how to resume where that helps.
     """
     if resumed is not None and (resumed / "metrics.json").is_file():
         remove_journal(resumed)
@@ -135,7 +135,7 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """Keeps the libraries' own bars and notices out of the log; ours says what there is to say."""
+    """Keeps the libraries' progress bars and notices out of the log."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -143,7 +143,7 @@ def _quiet() -> None:
 
 @contextmanager
 def _limits_named(folder: Path) -> Iterator[None]:
-    """Gives the error of an allocator, or of a full disk wherever it is met, its name."""
+    """Turns the error of an allocator, or of a full disk, into a named one."""
     try:
         yield
     except SparseSSMError:
@@ -151,7 +151,7 @@ def _limits_named(folder: Path) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if is_disk_full(error):
             where = f"the disk of {folder} or of the temporary files"
-            raise StorageError(f"{where} is full ({first_line(error)}): make room") from error
+            raise StorageError(f"{where} is full ({first_line(error)}): free some space") from error
         known = ("out of memory", "not enough memory", "allocate memory")
         if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in known):
             raise

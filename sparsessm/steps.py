@@ -59,7 +59,7 @@ class Steps:
         self.place: Place | None = None
 
     def close(self) -> None:
-        """Lets the place of the checkpoint go."""
+        """Releases the place of the checkpoint."""
         if self.place is not None:
             self.place.close()
 
@@ -82,7 +82,7 @@ class Steps:
             with self._timed("eval"):
                 pruned = self._evaluate(layout, "pruned") if chosen.method else dense
         except NumericalError:
-            self._save(model, metrics)  # what pruning took is not lost with a figure
+            self._save(model, metrics)  # a failing evaluation does not lose the pruned model
             raise
         metrics["perplexity"] = pruned
         metrics["dense_perplexity"] = dense if chosen.eval_dense else {}
@@ -135,7 +135,7 @@ class Steps:
         if self.history:
             shares = self.ledger.shares(history.counts_of(self.history.masks))
             told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share)
-            logger.info("pruned before (%s): %s is gone; it stays so, and counts", self.history, told)
+            logger.info("pruned before (%s): %s was pruned; it stays pruned, and counts", self.history, told)
         self.plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.module))
         self._check_rest(layout, first, stop)
         if chosen.save and distributed.is_main():
@@ -144,7 +144,7 @@ class Steps:
         return layout
 
     def _check_rest(self, layout: Layout, first: int, stop: int) -> None:
-        """Refuses a share that is gone already of all that is named."""
+        """Refuses a sparsity that all named parameters have already."""
         plan, names = self.plan, []
         if plan.transitions and plan.transitions.pattern.spreads:
             names.append("A_log")
@@ -184,7 +184,7 @@ class Steps:
         self.journal.confirm("data_sha256", self.hashes, "the text")
 
     def _evaluate(self, layout: Layout, when: str) -> dict[str, float]:
-        """Perplexity per data set; a figure that an interrupted run had taken is not taken again."""
+        """Perplexity per data set; a figure of an interrupted run is not computed again."""
         found = {}
         for index, (name, ids) in enumerate(self.windows.items()):
             figure = self.journal.load_figures(f"{when}-{index}", _is_perplexity)
@@ -236,7 +236,7 @@ class Steps:
         return prune(job, self.plan, self.calibration.ids)
 
     def _metrics(self) -> dict[str, Any]:
-        """What is known of a run once it has pruned; `counts` is for sparsity.json."""
+        """The metrics of a run after pruning; `counts` is for sparsity.json."""
         metrics: dict[str, Any] = {
             "perplexity": {}, "dense_perplexity": {}, "zero_shot": {},
             "sparsity": self.result.sparsity, "seconds": {}, "peak_memory_bytes": {}, "versions": versions(),
@@ -247,7 +247,7 @@ class Steps:
         return metrics
 
     def _save(self, model: PreTrainedModel, metrics: Mapping[str, Any]) -> Path | None:
-        """Writes the checkpoint to the place that was taken for it."""
+        """Writes the checkpoint to its place."""
         chosen = self.chosen
         if self.place is None:
             return None

@@ -20,7 +20,7 @@ _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def for_each(function: Callable[[Any], object], tasks: Iterable[Any], threads: int) -> None:
-    """function(task) of each task, by so many threads; this one is among them.
+    """function(task) of each task, by this number of threads, including this one.
 
     The function should spend its time without the interpreter's lock. Its first error is raised when all have stopped.
     """
@@ -51,7 +51,7 @@ def for_each(function: Callable[[Any], object], tasks: Iterable[Any], threads: i
 
 @functools.cache
 def _team(process: int) -> Callable[..., None] | None:
-    """`GOMP_parallel` of the OpenMP library that torch computes with; None where that is another, or after a fork."""
+    """`GOMP_parallel` of the OpenMP library that torch computes with; None if it uses another one, or after a fork."""
     library = _loaded() if process == _FIRST_PROCESS else None
     return None if library is None else ctypes.CDLL(library).GOMP_parallel
 

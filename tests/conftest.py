@@ -102,7 +102,7 @@ def job(embed):
 def prune(tiny_windows, job):
     """prune(model, what="prune_A" or "prune_layers", **options) prunes in place and returns the masks.
 
-    By the phase of the paper alone: nothing makes up for what goes, and sparsities are not allocated by measured errors.
+    By the phase of the paper alone: without compensation, and without allocation by measured errors.
     """
 
     def run(model, what, *, windows=None, first=0, stop=None, report=no_report, **chosen):
@@ -183,7 +183,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def run_main(tmp_path, capsys):
-    """run_main([MODEL, DATASET, ...]) calls the command in this process, each call with a base_dir of its own."""
+    """run_main([MODEL, DATASET, ...]) calls the command in this process, each call with its own base_dir."""
     import main
 
     calls = 0

@@ -1,4 +1,4 @@
-"""Random stock models of every architecture of the house, small, with no parameter constant, ordered or symmetric."""
+"""Random stock models of every architecture, small, with no parameter constant, ordered or symmetric."""
 
 import math
 import shutil
@@ -53,7 +53,7 @@ def family_checkpoint(folder: Path, demo: Path, kind: str, **sizes: Any) -> Path
 
 
 def stock_perplexity(folder: Path, text: Path, seqlen: int) -> float:
-    """What stock transformers alone says of a saved folder on the test text of another, by WikiText-2's rule."""
+    """Perplexity of a saved folder by stock transformers alone on the test text of another, by WikiText-2's rule."""
     with text.open(encoding="utf-8") as lines:
         ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(lines))["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -33,12 +33,12 @@ def raising(error):
     return call
 
 
-def test_a_fault_of_the_program_is_said_as_one_with_its_traceback_in_the_log(run_main, text_folder, monkeypatch):
+def test_a_bug_is_named_as_one_with_its_traceback_in_the_log(run_main, text_folder, monkeypatch):
     monkeypatch.setattr(steps, "prune", raising(ZeroDivisionError("three over nothing")))
     done = run_main(["demo", text_folder, *A_LOG, *SMALL])
     assert done.code == 1 and done.metrics is None
     line = last(done)
-    assert line.startswith("error: a fault in sparsessm (ZeroDivisionError: three over nothing)")
+    assert line.startswith("error: a bug in sparsessm (ZeroDivisionError: three over nothing)")
     assert str(done.folder / "output.log") in line and f"main.py --resume {done.folder}" in line
     assert "Traceback" in (done.folder / "output.log").read_text()
 
@@ -62,9 +62,9 @@ def test_a_full_disk_is_called_one_and_says_how_to_resume(run_main, text_folder,
 
 
 def test_what_diverges_after_pruning_is_saved_all_the_same(run_main, tmp_path, text_folder, monkeypatch):
-    monkeypatch.setattr(steps, "perplexity", raising(DivergenceError("layer 3 puts out values that are not finite")))
+    monkeypatch.setattr(steps, "perplexity", raising(DivergenceError("layer 3 outputs values that are not finite")))
     done = run_main(["demo", text_folder, *A_LOG, *SMALL, "--save", tmp_path / "out"])
-    assert done.code == 2 and "layer 3 puts out" in last(done)
+    assert done.code == 2 and "layer 3 outputs" in last(done)
     assert json.loads((tmp_path / "out" / "sparsessm.json").read_text())["sparsity"]["ssm"] == 0.5
 
 
@@ -80,13 +80,13 @@ def test_what_the_harness_raises_does_not_cost_the_checkpoint(run_main, tmp_path
         "doc_to_text": "text", "doc_to_choice": "choices", "doc_to_target": "label",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }))  # fmt: skip
-    words = ["--eval_zero_shot", "--zero_shot_include", tasks, "--zero_shot_tasks", "long", "--save", tmp_path / "out"]
-    done = run_main(["demo", text_folder, *A_LOG, *SMALL, *words])
+    argv = ["--eval_zero_shot", "--zero_shot_include", tasks, "--zero_shot_tasks", "long", "--save", tmp_path / "out"]
+    done = run_main(["demo", text_folder, *A_LOG, *SMALL, *argv])
     assert done.code == 2 and "the zero-shot task long failed (AssertionError" in last(done)
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_a_perplexity_beyond_any_number_is_null_with_the_reason(run_main, tiny_checkpoint, text_folder):
+def test_an_infinite_perplexity_is_null_with_the_reason(run_main, tiny_checkpoint, text_folder):
     folder = tiny_checkpoint(tie_word_embeddings=False)
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] *= 1e5
@@ -148,8 +148,8 @@ def test_an_experiment_outside_of_base_dir(run_main, text_folder, name, tmp_path
 
 
 def test_saving_to_where_runs_go_is_refused(run_main, text_folder, tmp_path):
-    words = ["--base_dir", tmp_path / "both", "--save", tmp_path / "both"]
-    done = run_main(["demo", text_folder, *A_LOG, *SMALL, *words], base_dir=False)
+    argv = ["--base_dir", tmp_path / "both", "--save", tmp_path / "both"]
+    done = run_main(["demo", text_folder, *A_LOG, *SMALL, *argv], base_dir=False)
     assert done.code == 2 and "where the run folders go" in last(done) and not (tmp_path / "both").exists()
 
 
@@ -171,17 +171,17 @@ def test_variables_of_a_launcher_that_make_no_sense(run_main, text_folder, monke
     assert done.code == 2 and "the variables of a launcher make no sense" in last(done)
 
 
-def command(*words):
+def command(*argv):
     values = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "main.py", *map(str, words)], cwd=ROOT, env=values, text=True,
+    return subprocess.Popen([sys.executable, "main.py", *map(str, argv)], cwd=ROOT, env=values, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_it_prunes_ends_with_the_line_that_resumes(tmp_path, text_folder, number):
-    words = ["demo", text_folder, *A_LOG, "--seqlen", 256, "--nsamples", 64, "--eval_windows", 2, "--base_dir", tmp_path]
-    process = command(*words)
+    argv = ["demo", text_folder, *A_LOG, "--seqlen", 256, "--nsamples", 64, "--eval_windows", 2, "--base_dir", tmp_path]
+    process = command(*argv)
     while process.poll() is None and not list(tmp_path.glob("default/*/layers/ssm-0001*")):
         time.sleep(0.01)
     process.send_signal(number)
@@ -211,10 +211,10 @@ def test_neither_code_nor_home_can_be_written(tmp_path, text_folder):
     for folder in [code, *[path for path in code.rglob("*") if path.is_dir()]]:
         (folder / "__pycache__").touch()
     (tmp_path / "home").touch()
-    words = ["demo", text_folder, *map(str, A_LOG), "--seqlen", "64", "--nsamples", "4", "--eval_windows", "2"]
+    argv = ["demo", text_folder, *map(str, A_LOG), "--seqlen", "64", "--nsamples", "4", "--eval_windows", "2"]
     for environment in ({"HOME": tmp_path / "home", "XDG_CACHE_HOME": tmp_path / "home"}, {"NUMBA_DISABLE_JIT": "1"}):
         done = subprocess.run(
-            [sys.executable, str(code / "main.py"), *map(str, words), "--base_dir", str(tmp_path / "runs")], cwd=tmp_path,
+            [sys.executable, str(code / "main.py"), *map(str, argv), "--base_dir", str(tmp_path / "runs")], cwd=tmp_path,
             env={**os.environ, **{key: str(value) for key, value in environment.items()}}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]

@@ -31,12 +31,12 @@ def names():
         table.update(rows)
 
 
-def test_a_saliency_of_ones_own_chooses_by_its_scores(names):
-    assert SALIENCIES["kept_energy"].score is names["kept_energy"]
-    assert SALIENCIES["kept_energy"].needs == ("h2", "abar")
+def test_a_registered_saliency_chooses_by_its_scores(names):
+    assert SALIENCIES["kept_norm"].score is names["kept_norm"]
+    assert SALIENCIES["kept_norm"].needs == ("h2", "abar")
 
 
-def test_a_weight_rule_of_ones_own_keeps_the_largest_inputs(names):
+def test_a_new_weight_rule_keeps_the_largest_inputs(names):
     """The same columns of out_proj are gone for every row, half of them."""
     masks = names["sparsessm"].prune(names["sparsessm"].load("demo")[0], names["windows"], "inputs", parts=["weights"],
                                      module="out_proj", sparsity=0.5).masks  # fmt: skip
@@ -45,7 +45,7 @@ def test_a_weight_rule_of_ones_own_keeps_the_largest_inputs(names):
         assert torch.equal(mask, mask[:1].expand_as(mask)) and int(mask[0].sum()) == 192
 
 
-def test_an_architecture_of_ones_own_is_one_row_and_one_mixer(names):
+def test_a_new_architecture_is_one_row_and_one_mixer(names):
     assert names["model"].config.states == 4
     assert names["model"].stack[1].ssm.A_log.shape == (16, 4)
     assert int(names["result"].masks["stack.1.ssm.A_log"].sum()) == 16 * 4
@@ -61,9 +61,9 @@ def checkpoint(names, tmp_path, demo_dir):
     return tmp_path / "in"
 
 
-def whole(model, text_folder, *words):
+def whole(model, text_folder, *argv):
     return [model, text_folder, "--method", "sparsessm_obs", "--prune_A", "--prune_layers", "--sparsity", "0.5",
-            "--seqlen", "48", "--nsamples", "4", *words]  # fmt: skip
+            "--seqlen", "48", "--nsamples", "4", *argv]  # fmt: skip
 
 
 def test_the_command_prunes_and_saves_it(run_main, checkpoint, text_folder, tmp_path):
@@ -86,7 +86,7 @@ def test_the_command_prunes_and_saves_it(run_main, checkpoint, text_folder, tmp_
 
 
 def test_the_command_resumes_it(run_main, checkpoint, text_folder, tmp_path, monkeypatch):
-    """Interrupted after the first layer, it goes on with the second and ends with the same bytes."""
+    """Interrupted after the first layer, it resumes with the second and ends with the same bytes."""
     whole_run = run_main(whole(checkpoint, text_folder, "--save", tmp_path / "one"))
     assert whole_run.code == 0, whole_run.stderr
     from sparsessm.runs.journal import Journal

@@ -1,4 +1,4 @@
-"""The structure: arrows between rooms point down, there are no circles, files are short, and names are plain."""
+"""The structure: imports between packages point down, there are no cycles, files are short, architectures stay apart."""
 
 import ast
 import re
@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sparsessm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A room may import what stands in an earlier row, or in its own; names without a slash are files.
-ROOMS = [
+# A package may import from an earlier row and from itself; some names are single files.
+PACKAGES = [
     {"sparsessm", "threads"},
     {"errors"},
     {"files"},
@@ -29,7 +29,7 @@ ROOMS = [
     {"run", "api"},
     {"__main__"},
 ]
-RANK = {room: rank for rank, row in enumerate(ROOMS) for room in row}
+LEVEL = {package: level for level, row in enumerate(PACKAGES) for package in row}
 
 
 def module_of(file: Path) -> str:
@@ -51,7 +51,7 @@ def imports_of(file: Path) -> set[str]:
     return found
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 
@@ -59,18 +59,18 @@ def room_of(module: str) -> str:
 GRAPH = {module_of(file): imports_of(file) - {module_of(file)} for file in FILES if file != PACKAGE / "__init__.py"}
 
 
-def test_every_room_has_its_place():
-    assert {room_of(module) for module in GRAPH} <= RANK.keys()
+def test_every_package_has_a_level():
+    assert {package_of(module) for module in GRAPH} <= LEVEL.keys()
 
 
 @pytest.mark.parametrize("module", GRAPH)
-def test_arrows_point_down(module):
+def test_imports_point_down(module):
     for other in GRAPH[module]:
-        mine, theirs = room_of(module), room_of(other)
-        assert mine == theirs or RANK[theirs] < RANK[mine], f"{module} imports {other}"
+        mine, theirs = package_of(module), package_of(other)
+        assert mine == theirs or LEVEL[theirs] < LEVEL[mine], f"{module} imports {other}"
 
 
-def test_there_are_no_circles():
+def test_there_are_no_import_cycles():
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -86,8 +86,8 @@ def test_there_are_no_circles():
 
 def test_pruning_knows_no_model_no_file_and_no_flag():
     for module, others in GRAPH.items():
-        if room_of(module) == "pruning":
-            assert all(room_of(other) in ("pruning", "errors", "threads", "sparsessm") for other in others), module
+        if package_of(module) == "pruning":
+            assert all(package_of(other) in ("pruning", "errors", "threads", "sparsessm") for other in others), module
 
 
 def test_no_file_but_the_models_knows_an_architecture():

@@ -1,4 +1,4 @@
-"""The command line's words: spellings that must work, and mistakes that must be named in one line."""
+"""The command line's arguments: spellings that must work, and mistakes that must be named in one line."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from sparsessm.pruning.methods import METHODS
 from sparsessm.pruning.patterns import Columns, NofM, Unstructured
 
 
-def parse(words):
-    chosen, resumed = options.parse(words)
+def parse(argv):
+    chosen, resumed = options.parse(argv)
     assert resumed is None
     return chosen
 
@@ -25,8 +25,8 @@ with torch.device("meta"):
     ))  # fmt: skip
 
 
-def plan(words):
-    chosen = parse(words)
+def plan(argv):
+    chosen = parse(argv)
     return plan_of(chosen, SMALL.targets(chosen.target_modules, chosen.module))
 
 
@@ -35,11 +35,11 @@ PRUNE = [*BASE, "--method", "sparsessm", "--prune_A", "--sparsity", "0.5"]
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"), [([], False), (["--prune_A"], True), (["--prune_A", "True"], True), (["--prune_A", "False"], False),
+    ("argv", "wanted"), [([], False), (["--prune_A"], True), (["--prune_A", "True"], True), (["--prune_A", "False"], False),
                           (["--prune_A=True"], True), (["--prune_A=false"], False)]
 )  # fmt: skip
-def test_booleans_take_no_word_or_true_or_false(words, wanted):
-    assert parse([*BASE, "--method", "magnitude", "--prune_layers", "--sparsity", "0.5", *words]).prune_A is wanted
+def test_booleans_take_no_word_or_true_or_false(argv, wanted):
+    assert parse([*BASE, "--method", "magnitude", "--prune_layers", "--sparsity", "0.5", *argv]).prune_A is wanted
 
 
 def test_released_defaults():
@@ -50,9 +50,9 @@ def test_released_defaults():
 
 
 def test_the_readmes_spellings():
-    words = [*BASE, "--method", "sparsessm", "--prune_layer", "True", "--sparsity", "0.5",
+    argv = [*BASE, "--method", "sparsessm", "--prune_layer", "True", "--sparsity", "0.5",
              "--target_modules", "nn.Conv1d", "nn.Linear", "--alpha", "0.04"]  # fmt: skip
-    weights = plan(words).weights
+    weights = plan(argv).weights
     assert weights.modules == ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj") and weights.alpha == 0.04
 
 
@@ -76,9 +76,9 @@ def test_overrides_replace_one_part_of_the_method():
 
 
 def test_alpha_spreads_only_where_the_method_says_so():
-    words = [*BASE, "--prune_layers", "--sparsity", "0.5", "--alpha", "0.1", "--method"]
-    assert plan([*words, "sparsessm_dev"]).weights.alpha == 0.1
-    assert plan([*words, "sparsegpt"]).weights.alpha == 0.0
+    argv = [*BASE, "--prune_layers", "--sparsity", "0.5", "--alpha", "0.1", "--method"]
+    assert plan([*argv, "sparsessm_dev"]).weights.alpha == 0.1
+    assert plan([*argv, "sparsegpt"]).weights.alpha == 0.0
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.removes_parts])
@@ -86,19 +86,19 @@ def test_every_method_does_what_its_row_says(name):
     method = METHODS[name]
     share = ["--prunen", "2", "--prunem", "4"] if method.needs_n_of_m else ["--sparsity", "0.5"]
     for flag, able in (("--prune_A", method.prunes_A_log), ("--prune_layers", method.weights is not None)):
-        words = [*BASE, "--method", name, flag, *share]
+        argv = [*BASE, "--method", name, flag, *share]
         if able:
-            parse(words)
+            parse(argv)
         else:
             with pytest.raises(InputError, match="has no rule for"):
-                parse(words)
+                parse(argv)
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("argv", "says"),
     [
         (["demo"], "give a MODEL and a DATASET"),
-        ([*BASE, "more"], "got 3 words"),
+        ([*BASE, "more"], "got 3 arguments"),
         ([*BASE, "--dataset", "c4"], "given twice"),
         ([*BASE, "--colour", "red"], "unrecognized arguments"),
         ([*BASE, "--nsample", "3"], "unrecognized arguments"),
@@ -135,14 +135,14 @@ def test_every_method_does_what_its_row_says(name):
         ([*BASE, "--sparsity", "0.5"], "say how to prune with --method"),
     ],
 )  # fmt: skip
-def test_mistakes_are_named_in_one_line(words, says):
+def test_mistakes_are_named_in_one_line(argv, says):
     with pytest.raises(InputError, match=says) as caught:
-        parse(words)
+        parse(argv)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("argv", "says"),
     [
         ([*PRUNE, "--minlayer", "3"], "leave none of the model's 3 layers"),
         ([*PRUNE, "--prunen", "4", "--prunem", "8"], "--prunem 8 does not divide the 12 entries of a row of A_log"),
@@ -153,9 +153,9 @@ def test_mistakes_are_named_in_one_line(words, says):
           "--target_modules", "nn.Conv1d"], "4 columns of conv1d"),
     ],
 )  # fmt: skip
-def test_mistakes_that_the_config_shows(words, says):
+def test_mistakes_that_the_config_shows(argv, says):
     with pytest.raises(InputError, match=says):
-        check_model(parse(words), SMALL)
+        check_model(parse(argv), SMALL)
 
 
 def test_layer_range_is_cut_to_the_model():

@@ -23,8 +23,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 FILES = {file.stem.removeprefix("requirements-"): file for file in ROOT.glob("requirements-*.txt")}
 
 
-def call(*words, cwd=ROOT, env=None):
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=env)
+def call(*argv, cwd=ROOT, env=None):
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, cwd=cwd, env=env)
 
 
 def in_file(file: Path) -> set[str]:
@@ -40,7 +40,7 @@ def in_file(file: Path) -> set[str]:
 
 
 def in_project(requirements) -> set[str]:
-    """The same for a list of pyproject.toml, which names extras of its own instead of files."""
+    """The same for a list of pyproject.toml, which names its extras instead of files."""
     found = set()
     for requirement in map(Requirement, requirements):
         if requirement.name != PROJECT["name"]:
@@ -106,13 +106,13 @@ def test_a_mistake_ends_the_module_as_it_ends_the_script():
         assert done.returncode == 2 and done.stderr.startswith("error: give a MODEL and a DATASET")
 
 
-def test_ruff_has_nothing_to_say():
+def test_ruff_finds_nothing():
     done = call("-m", "ruff", "check", ".")
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow
-def test_mypy_has_nothing_to_say():
+def test_mypy_finds_nothing():
     done = call("-m", "mypy", "sparsessm", "main.py")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -124,11 +124,11 @@ def test_the_hooks_fetch_nothing_and_find_what_they_are_for(tmp_path):
     assert {hook["language"] for hook in hooks.values()} == {"system", "pygrep"}
     for size, code in ((1_000_000, 0), (1_000_001, 1)):
         (tmp_path / "a file").write_bytes(b"\0" * size)
-        words = [*shlex.split(hooks["large-files"]["entry"]), str(tmp_path / "a file")]
-        assert subprocess.run(words, capture_output=True).returncode == code
-    words = [*shlex.split(hooks["ruff"]["entry"]), "main.py"]
+        argv = [*shlex.split(hooks["large-files"]["entry"]), str(tmp_path / "a file")]
+        assert subprocess.run(argv, capture_output=True).returncode == code
+    argv = [*shlex.split(hooks["ruff"]["entry"]), "main.py"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    assert subprocess.run(words, cwd=ROOT, capture_output=True, env={**os.environ, "PATH": path}).returncode == 0
+    assert subprocess.run(argv, cwd=ROOT, capture_output=True, env={**os.environ, "PATH": path}).returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +152,10 @@ def installed(tmp_path_factory):
     return place
 
 
-def from_wheel(installed, *words):
+def from_wheel(installed, *argv):
     """By the package as installed; the fast scan would be compiled anew for its place."""
     env = {**os.environ, "PYTHONPATH": str(installed), "NUMBA_DISABLE_JIT": "1"}
-    return call(*words, cwd=installed.parent, env=env)
+    return call(*argv, cwd=installed.parent, env=env)
 
 
 @pytest.mark.slow
@@ -205,9 +205,9 @@ def test_the_installed_package_prunes_and_says_where_the_demo_is(installed, tiny
     assert done.stderr.splitlines() == [
         "error: the model demo comes with a clone of the repository: run there, or give a folder or a hub id"
     ]
-    words = ["--method", "sparsessm", "--prune_A", "--sparsity", "0.5", "--nsamples", "2", "--seqlen", "64", "--eval_dense"]
+    argv = ["--method", "sparsessm", "--prune_A", "--sparsity", "0.5", "--nsamples", "2", "--seqlen", "64", "--eval_dense"]
     done = from_wheel(
-        installed, "-m", "sparsessm", tiny_checkpoint(), text_folder, *words, "--eval_windows", "2",
+        installed, "-m", "sparsessm", tiny_checkpoint(), text_folder, *argv, "--eval_windows", "2",
         "--base_dir", tmp_path / "runs",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

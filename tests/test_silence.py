@@ -1,4 +1,4 @@
-"""What nobody knows is refused, what a kernel does not provide is computed by the reference, what is stale is let go."""
+"""Unknown names are errors, sums that a kernel does not provide are computed by the reference, stale values are dropped."""
 
 import dataclasses
 
@@ -25,17 +25,17 @@ from sparsessm.pruning.search import select
 
 
 @pytest.mark.parametrize("rule", ["Magnitude", ""])
-def test_a_weight_rule_that_nobody_knows_is_refused(rule):
+def test_an_unknown_weight_rule_is_refused(rule):
     with pytest.raises(ValueError, match=r"unknown weight rule .*, known are magnitude, wanda, obs"):
         rule_of(WeightPlan(Unstructured(0.5), rule, ("in_proj",)))
 
 
-def test_a_hessian_of_convolutions_that_nobody_knows_is_refused():
+def test_an_unknown_hessian_of_convolutions_is_refused():
     with pytest.raises(ValueError, match="unknown conv_hessian 'both', known are tap, channel"):
         WeightPlan(Unstructured(0.5), "obs", ("in_proj",), conv_hessian="both")
 
 
-def test_a_search_that_nobody_knows_is_refused():
+def test_an_unknown_search_is_refused():
     with pytest.raises(ValueError, match="unknown search 'best'"):
         select(torch.eye(4).expand(2, 4, 4), Unstructured(0.5), "best")
 
@@ -72,7 +72,7 @@ def test_a_sum_that_a_kernel_does_not_provide_goes_to_the_reference(kernel, monk
     assert asked == [statistics]
 
 
-def test_what_was_kept_is_let_go_when_a_weight_changes_and_not_for_A_log(tiny_model, tiny_windows, embed):
+def test_what_was_kept_is_dropped_when_a_weight_changes_but_not_A_log(tiny_model, tiny_windows, embed):
     """The stream after a layer is that of the layer as it is when it is left, whatever was kept of it before."""
     windows = tiny_windows(4, 24)
     for name in ("A_log", "in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"):

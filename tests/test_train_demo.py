@@ -111,7 +111,7 @@ def test_resumed_run_ends_with_the_same_weights(trained, text_folder, tmp_path, 
     assert not (tmp_path / "again").exists()
     monkeypatch.setattr(train_demo, "mean_loss", mean_loss)
 
-    with pytest.raises(InputError, match="begun with another steps, lr: give the same"):
+    with pytest.raises(InputError, match="started with another steps, lr: give the same"):
         train_demo.train(text_folder=text_folder, output=tmp_path / "again", **{**TINY, "steps": 7, "lr": 1e-3})
     torch.manual_seed(123)
     torch.rand(3)

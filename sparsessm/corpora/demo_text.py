@@ -1,8 +1,8 @@
-"""The data set `demo`: English prose that every CPython brings along, so that a first run needs no download.
+"""The data set `demo`: English prose that comes with every CPython, so that a first run needs no download.
 
 The text is the docstrings of the standard library's modules, read from their source with `ast`; nothing is imported or
-run. It depends on the Python version (a Tokens' sha256 tells two versions apart) and is no benchmark anybody publishes
-numbers on. mamba-demo has not seen it in training.
+run. It depends on the Python version (a Tokens' sha256 tells two versions apart) and is not a benchmark with published
+numbers. mamba-demo has not seen it in training.
 """
 
 import ast
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sparsessm.errors import InputError
 
-# Not prose worth reading, or not in every installation: test suites, bundled programs, packages that newer versions of
+# Not prose, or not in every installation: test suites, bundled programs, packages that newer versions of
 # Python or slim installations leave out, tables of characters, and pydoc's topics (which mamba-demo was trained on).
 SKIPPED = frozenset(
     "test tests idle_test idlelib lib2to3 turtledemo ensurepip distutils tkinter encodings pydoc_data".split()
@@ -78,6 +78,6 @@ def _docstrings_under(node: ast.AST) -> Iterator[str]:
             yield docstring
     for field in ("body", "handlers", "orelse", "finalbody"):
         children = getattr(node, field, None)
-        if isinstance(children, list):  # in a lambda or a conditional expression these fields are no lists
+        if isinstance(children, list):  # in a lambda or a conditional expression these fields are not lists
             for child in children:
                 yield from _docstrings_under(child)

@@ -88,7 +88,7 @@ class _Place:
 
 
 def check_dataset(name: str, data_dir: str | Path | None = None, *, calibration: bool) -> None:
-    """Raise InputError if the data set cannot be had. Reads nothing, so it can be called before a model is loaded.
+    """Raise InputError if the data set is not available. Reads nothing, so it can be called before a model is loaded.
 
     What only the hub can answer (is it reachable?) stays open. `calibration`: the split for calibration is meant, else
     the one for evaluation.
@@ -147,7 +147,7 @@ def cut_windows(ids: Tensor, seqlen: int, limit: int | None = None) -> Tensor:
 
 
 def _with_text(rows: Sequence[str | None]) -> list[str]:
-    """The rows without those that hold null, which is said."""
+    """The rows without those that hold null; a warning gives their number."""
     found = [row for row in rows if row is not None]
     if len(found) < len(rows):
         logger.warning("warning: %d of %d rows hold no text (null) and are left out", len(rows) - len(found), len(rows))
@@ -192,7 +192,7 @@ def _too_short(what: str, seqlen: int) -> InputError:
 
 
 def _locate(name: str, data_dir: str | Path | None, calibration: bool) -> _Place:
-    """Settle where the split comes from; InputError if there is no such place, or the package to read it is missing."""
+    """Find where the split comes from; InputError if there is no such place, or the package to read it is missing."""
     data_dir = None if data_dir is None else Path(data_dir).expanduser()
     if data_dir is not None and not data_dir.is_dir():
         raise InputError(f"--data_dir {data_dir}: there is no such folder")
@@ -208,7 +208,7 @@ def _locate(name: str, data_dir: str | Path | None, calibration: bool) -> _Place
 
 
 def _splits(name: str, calibration: bool) -> tuple[str, ...]:
-    """The splits that serve, the right one first. Local copies may come without train, where validation stands in."""
+    """The splits that can be used, the right one first. In local copies without train, validation replaces it."""
     if name == "c4":
         return ("train",) if calibration else ("validation",)
     return ("train", "validation") if calibration else ("test",)
@@ -225,7 +225,7 @@ def _locate_folder(name: str, calibration: bool) -> _Place:
         if (folder / file).is_file():
             return _Place("folder", "txt", split, (folder / file,))
     purpose = "calibration" if calibration else "evaluation"
-    raise InputError(f"{folder} cannot serve for {purpose}: put {' or '.join(wanted.values())} there")
+    raise InputError(f"{folder} has no text for {purpose}: put {' or '.join(wanted.values())} there")
 
 
 def _locate_local(name: str, data_dir: Path, splits: tuple[str, ...]) -> _Place:
@@ -289,7 +289,7 @@ def _read(place: _Place) -> tuple[Sequence[str], str]:
 def _read_lines(path: Path, strip: bool) -> list[str]:
     """Lines of a file, stripped (PTB) or by WikiText-2's rule: a blank line is empty, others keep their newline."""
     try:
-        with path.open(encoding="utf-8-sig") as file:  # a byte order mark is no text
+        with path.open(encoding="utf-8-sig") as file:  # a byte order mark is not text
             return [line.strip() if strip or not line.strip() else line for line in file]
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: convert it") from None

@@ -1,4 +1,4 @@
-"""Whether other packages compute what we do: they are asked once before they serve."""
+"""Whether the kernels of other packages compute what ours do: checked once before they are used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def agrees(
-    package: str, serves: str, theirs: Callable[[], Sequence[Tensor]], ours: Sequence[Tensor], roundings: Sequence[float]
+    package: str, purpose: str, theirs: Callable[[], Sequence[Tensor]], ours: Sequence[Tensor], roundings: Sequence[float]
 ) -> bool:
     """Whether a package computes what we do, to 1e-4 and a rounding of the largest value; warns with the reason if not."""
     fault = "its values are not ours"
@@ -19,9 +19,9 @@ def agrees(
                 break
         else:
             return True
-    except Exception as error:  # whatever it may be: there is a way that works
+    except Exception as error:  # of any kind: our own kernel works
         fault = first_line(error)
-    warnings.warn(f"{package} is installed but does not serve {serves}: {fault}", stacklevel=3)
+    warnings.warn(f"{package} is installed but is not used for {purpose}: {fault}", stacklevel=3)
     return False
 
 

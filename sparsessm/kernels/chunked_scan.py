@@ -1,4 +1,4 @@
-"""The scan of Mamba-2 (Dao and Gu 2024), and sums over what it sees of its states, without ever holding them.
+"""The scan of Mamba-2 (Dao and Gu 2024), and sums over its states, without storing them.
 
 `chunked_scan_ref` is written to be read; `chunked_scan` computes the same by matrix products in chunks of time: on CPUs
 in a kernel of ours (kernels.heads_piece), elsewhere by torch. H heads of P channels, N states, G groups of heads that share
@@ -6,7 +6,7 @@ B and C: head h reads group g = h // (H/G).
 
     S_t[h] = exp(dt_t[h] A[h]) S_{t-1}[h] + dt_t[h] u_t[h] B_t[g]^T    (P,N)        y_t[h] = S_t[h] C_t[g] + D[h] u_t[h]
 
-No kernel hands out S_t, and it need not. With q_t[h] = S_t[h] B_t[g], which is the y (without D) of the same scan with B in
+No kernel returns S_t, and none has to. With q_t[h] = S_t[h] B_t[g], which is the y (without D) of the same scan with B in
 the place of C, the squared norms follow a recurrence of one number a head, a = exp(dt A):
 
     |S_t|^2 = a^2 |S_{t-1}|^2 + 2 dt u_t . q_t - dt^2 |u_t|^2 |B_t|^2

@@ -18,13 +18,13 @@ def source_of(*modules: ModuleType) -> str:
 
 
 def kept(function: Callable[[Any], None]) -> Callable[[Any], None]:
-    """The function compiled, and kept on disk or compiled anew in each process where no folder takes it.
+    """The function compiled, and kept on disk or compiled again in each process if no folder can be written.
 
     numba looks only at the file of a function to tell whether what it kept is still good; what the function closes over is
     part of the name. So it has to close over `source_of` all modules that it calls: then a change of these counts as well.
     """
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError as error:  # numba finds no place for its cache: neither beside the code nor in the home
+    except RuntimeError as error:  # numba can write its cache neither beside the code nor in the home folder
         warnings.warn(f"compiled code cannot be kept ({error}); set NUMBA_CACHE_DIR to save its seconds", stacklevel=3)
         return njit(nogil=True)(function)

@@ -1,4 +1,4 @@
-"""The depthwise causal convolution of a mixer, with its activation; by causal-conv1d on CUDA where that proves right."""
+"""The depthwise causal convolution of a mixer, with its activation; by causal-conv1d on CUDA if the two agree."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def causal_conv(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def causal_conv_silu(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """silu(causal_conv(...)), by causal-conv1d where it is installed, can serve these inputs, and proves right."""
+    """silu(causal_conv(...)), by causal-conv1d where it is installed, supports these inputs, and agrees with ours."""
     theirs = None
     if padded.is_cuda and not torch.is_grad_enabled():
         K, D = weight.shape[-1], padded.shape[2]
@@ -46,7 +46,7 @@ def conv_by(theirs: Callable[..., Any], padded: Tensor, weight: Tensor, bias: Te
 
 @functools.cache
 def causal_conv1d(device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
-    """causal_conv1d_fn with its SiLU, where it is installed and proves right on inputs of the dtype."""
+    """causal_conv1d_fn with its SiLU, if it is installed and agrees with ours on inputs of the dtype."""
     if importlib.util.find_spec("causal_conv1d") is None:
         return None
 
@@ -55,10 +55,10 @@ def causal_conv1d(device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
 
         return causal_conv1d_fn(x, weight, bias, activation="silu")
 
-    return theirs if proves_right(theirs, device, dtype) else None
+    return theirs if agrees_with_ours(theirs, device, dtype) else None
 
 
-def proves_right(theirs: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
+def agrees_with_ours(theirs: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
     """Whether a function of x (B,D,T), weight (D,K) and bias (D,) computes our convolution and SiLU; warns if not."""
     generator = torch.Generator().manual_seed(0)
     padded, weight, bias = (

@@ -1,7 +1,7 @@
-"""Products of float32 matrices on the CPU by oneDNN, which torch ships but asks only for other dtypes.
+"""Products of float32 matrices on the CPU by oneDNN, which torch ships but uses only for other dtypes.
 
-torch hands float32 products to MKL, which on processors of another maker than its own leaves their widest vectors unused;
-oneDNN does not (docs/BENCHMARKS.md). Both round to float32; they add in another order.
+torch gives float32 products to MKL, which does not use the widest vectors of processors that Intel did not make;
+oneDNN does (docs/BENCHMARKS.md). Both round to float32; they add in another order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The selective scan for CUDA: `sparsessm.kernels.selective_scan.selective_scan_ref` by the kernels of `triton_kernels`.
 
-Nothing of size (B,L,D,N) is ever made. Where mamba-ssm is installed and proves right, it serves the scans that it can.
+Nothing of size (B,L,D,N) is ever made. If mamba-ssm is installed and agrees, it computes the scans that it supports.
 
 With TRITON_INTERPRET=1 in the environment before triton is imported the kernels run on the CPU, slowly, for tests.
 """
@@ -29,7 +29,7 @@ from sparsessm.kernels.selective_scan import (
 
 PROVIDES = frozenset({"h2", "abar", "hh", "gram"})
 
-# Samples whose states a program keeps side by side to sum over them; more go through one launch after the other.
+# Samples whose states a program keeps side by side to sum over them; more take one launch after the other.
 SAMPLES = 8
 # Elements of a tile for each warp that works on it: 16 states, or 32 products, in a thread.
 WARP_TILE, PRODUCT_TILE = 512, 1024
@@ -85,7 +85,7 @@ def scan_by_triton(
 
     inputs = [_rows(x) for x in (u, delta, u if z is None else z, B, C)]
     sizes = (steps, channels, *(stride for x in inputs for stride in x.stride()[:2]))
-    # in the place of what is not given stands a pointer that the kernel, compiled for `form`, does not follow
+    # an argument that is not given is a pointer that the kernel, compiled for `form`, does not read
     given = (A, D, delta_bias, h0, first_counterfactual)
     A, skip, bias, start, start_counterfactual = (state if x is None else _flat(x) for x in given)
     form = {
@@ -169,15 +169,15 @@ def _triton_works(device: torch.device) -> bool:
     ones = torch.ones(1, 2, 1, device=device)
     try:
         scan_by_triton(ones, ones, -ones[0, :1], ones, ones)
-    except Exception as error:  # whatever it may be: there is a slow scan that works
-        warnings.warn(f"triton does not work here, the slow scan takes its place: {first_line(error)}", stacklevel=3)
+    except Exception as error:  # of any kind: the slow scan works
+        warnings.warn(f"triton does not work here, the slow scan is used instead: {first_line(error)}", stacklevel=3)
         return False
     return True
 
 
 @functools.cache
 def mamba_ssm_scan(device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
-    """The scan of mamba-ssm, where that is installed and proves right on inputs of the dtype that it is wanted for."""
+    """The scan of mamba-ssm, if it is installed and agrees with ours on inputs of the dtype."""
     if importlib.util.find_spec("mamba_ssm") is None:
         return None
 
@@ -186,10 +186,10 @@ def mamba_ssm_scan(device: str, dtype: torch.dtype) -> Callable[..., Any] | None
 
         return selective_scan_fn(*arguments)
 
-    return theirs if proves_right(theirs, device, dtype) else None
+    return theirs if agrees_with_ours(theirs, device, dtype) else None
 
 
-def proves_right(theirs: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
+def agrees_with_ours(theirs: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
     """Whether a function with the signature of mamba-ssm's selective_scan_fn computes our scan; warns if not."""
     generator = torch.Generator().manual_seed(0)
     u, delta, z, B, C = (torch.randn(2, 37, n, generator=generator).to(device, dtype) for n in (24, 24, 24, 6, 6))

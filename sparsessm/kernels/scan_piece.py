@@ -1,7 +1,7 @@
 """One piece of the CPU scan, compiled by numba: some channels of some samples through all time steps.
 
-16 channels go through the recurrence side by side, one in each lane of a vector: everything but the sum over states is
-the same work for every channel, and that sum then needs no exchange between lanes. Four states of one sample go through
+16 channels compute the recurrence side by side, one in each lane of a vector: everything but the sum over states is
+the same work for every channel, and that sum then needs no exchange between lanes. Four states of one sample compute
 CHUNK time steps in registers before the next four do; all else that they need is in the first-level cache by then, and
 what comes from main memory was asked for while the sample before was computed.
 
@@ -283,7 +283,7 @@ def _part_from_counterfactual(length, rows, counterfactuals, h_at, dts, dtxs, ga
 
 @njit(nogil=True)
 def _pair_at(i, j):
-    """Where the sums of products of states i >= j stand: in squares of 4 x 4, row after row of the lower triangle."""
+    """Where the sums of products of states i >= j are: in squares of 4 x 4, row after row of the lower triangle."""
     return ((i // 4 * (i // 4 + 1) // 2 + j // 4) * 16 + i % 4 * 4 + j % 4) * LANES
 
 

@@ -1,4 +1,4 @@
-"""The selective scan of Mamba (Gu and Dao 2023, algorithm 2) that also adds up what pruning needs to know of its states.
+"""The selective scan of Mamba (Gu and Dao 2023, algorithm 2), which also sums the statistics of its states for pruning.
 
 `selective_scan_ref` is written to be read; every faster kernel is tested against it. `selective_scan` is the one that
 the rest of the project calls: it takes the kernel that the device of its inputs and the installed packages allow.
@@ -98,7 +98,7 @@ class ScanStatistics(ScanSums):
             Without a gate, silu(z_t) counts as 1.
         counterfactual: (B,D,N), h' after the last step of the scan that ran last, left there by every scan that fills
             `gram` for the effect unit. Who cuts a sequence into pieces gives it to the next piece together with h0; a scan
-            without h0 starts h' at zero, whatever stands here.
+            without h0 starts h' at zero, whatever this field holds.
     """
 
     @classmethod
@@ -119,7 +119,7 @@ class ScanStatistics(ScanSums):
         if h0 is None:
             return None
         if self.counterfactual is None or self.counterfactual.shape != h0.shape:
-            raise ValueError("a scan that goes on from h0 needs the counterfactual of the piece before for the effect unit")
+            raise ValueError("a scan from h0 needs the counterfactual of the piece before for the effect unit")
         return self.counterfactual
 
 
@@ -213,7 +213,7 @@ if _forced is not None and _forced not in KERNELS:
 
 @contextmanager
 def force_kernel(name: str | None) -> Iterator[None]:
-    """Makes `selective_scan` use one of KERNELS for a while, whatever it is good for; None lets it choose.
+    """Makes `selective_scan` use one of KERNELS for a while, even for slower cases; None lets it choose.
 
     The environment variable SPARSESSM_SCAN does the same for a whole process.
     """
@@ -259,7 +259,7 @@ def kernel_for(device: str) -> str:
 
 
 def provided(kernel: str) -> frozenset[str]:
-    """The sums that a kernel fills: its module says so, the reference knows them all."""
+    """The sums that a kernel computes, by its module; the reference computes all."""
     return frozenset(ScanStatistics.FIELDS) if kernel == "ref" else _kernel_module(kernel).PROVIDES
 
 
@@ -267,14 +267,14 @@ def provided(kernel: str) -> frozenset[str]:
 def _choose_kernel(device: str) -> str:
     """The name of the kernel for a kind of device; says so if a package that would make it fast does not work."""
     if device == "cpu" and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
-        warnings.warn("NUMBA_DISABLE_JIT is set: the slow scan takes the place of the fast one", stacklevel=3)
+        warnings.warn("NUMBA_DISABLE_JIT is set: the slow scan is used instead of the fast one", stacklevel=3)
         return "ref"
     if device not in ("cpu", "cuda") or importlib.util.find_spec({"cpu": "numba", "cuda": "triton"}[device]) is None:
         return "ref"
     try:
         _load_kernel(device)
     except ImportError as error:
-        warnings.warn(f"the fast scan for {device} cannot be used, the slow one takes its place: {error}", stacklevel=3)
+        warnings.warn(f"the fast scan for {device} cannot be used, the slow one is used instead: {error}", stacklevel=3)
         return "ref"
     return device
 

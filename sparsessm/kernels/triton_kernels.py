@@ -1,6 +1,6 @@
 """The kernels of the selective scan for CUDA, in Triton; `sparsessm.kernels.scan_cuda` launches them.
 
-A program keeps the states of some channels (and samples) in registers and goes through all time steps. States are the
+A program keeps the states of some channels (and samples) in registers and computes all time steps. States are the
 first axis of a tile and channels the last: neighbouring threads then have neighbouring channels, so memory is read in
 whole sectors, and the sum over states stays within a few threads. What a step reads is asked for one step before.
 
@@ -169,7 +169,7 @@ def products(
 ):  # fmt: skip
     """Products of BI states with BJ states of BD channels over all steps of all samples.
 
-    Grid: channels / BD, N / BI, N / BJ. Both sets of states go through the recurrence here, so that threads exchange
+    Grid: channels / BD, N / BI, N / BJ. Both sets of states are computed here, so that threads exchange
     none. Arguments as in `scan`, and: counterfactual0, counterfactual (B,D,N), h' before and after, where EFFECT is UNIT;
     gram (D,N,N), added to; hh (channels / BD,N,N), the sums over each program's channels.
     """

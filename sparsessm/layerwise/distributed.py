@@ -20,16 +20,16 @@ from sparsessm.errors import InputError, first_line
 # What a launcher sets, all of it, for a job of several processes.
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(minutes=30)  # for the other processes, to come and at every sum
-_SILENCE = 15.0  # seconds of waiting after which it is said for whom
+_SILENCE = 15.0  # seconds of waiting before a message says for whom
 
 
 def launched() -> tuple[int, int]:
     """This process's rank and how many there are, as the launcher's variables say.
 
-    One or two of them, left behind by a launcher of long ago, make no job.
+    If only one or two are set, left by an earlier launcher, they are ignored.
 
     Raises:
-        InputError: all are there, and are no numbers.
+        InputError: all are set, and are not valid numbers.
     """
     if not all(os.environ.get(name) for name in _VARIABLES):
         return 0, 1
@@ -66,7 +66,7 @@ def start(device: torch.device) -> torch.device:
     waiting.start()
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
-    except Exception as error:  # of sockets, stores and back ends: they share no base class
+    except Exception as error:  # of sockets, stores and backends: they share no base class
         raise InputError(
             f"the {world} processes of this job did not meet at {meeting} ({first_line(error)}): start them all, or unset "
             "RANK and WORLD_SIZE"

@@ -1,7 +1,7 @@
-"""One layer of the loop, together with the stream that enters it: what can be seen of it, and how it is changed.
+"""One layer of the loop, together with the stream that enters it: how it is observed, and how it is changed.
 
 The stock layer's own forward does residuals, norms and multipliers; only its SSM mixer is ours while the layer is visited.
-Windows go through a layer some time steps after the other, so that what a layer makes of them never exists for all steps
+A layer processes some time steps of the windows after the other, so that its activations never exist for all steps
 at once: the mixer keeps a cache of its last inputs and its state.
 """
 
@@ -30,12 +30,12 @@ NO_CALL = Call()
 
 
 class _Enough(Exception):
-    """Ends the forward of a layer that has shown what it was asked for."""
+    """Ends the forward of a layer once its hooks have what they need."""
 
 
 @dataclass
 class Visit:
-    """What one run of a layer over a piece of some windows left.
+    """The results of one run of a layer over a piece of some windows.
 
     Attributes:
         inputs: of the scan. conv, state: for the next piece, see models.mixer.Cache. y: what the mixer's last module gets.
@@ -94,7 +94,7 @@ def visit(
 
 
 class _Caches:
-    """What the windows of a stream carry over from one piece to the next, where the stream itself waits."""
+    """The caches of all windows of a stream between two pieces, stored where the stream is."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -135,7 +135,7 @@ class Layer:
         self._kept: dict[tuple[int, int], tuple[Any, Tensor]] = {}  # ScanInputs, conv; by first step and first window
 
     def copy(self, module: nn.Module, stream: Stream | None = None) -> Layer:
-        """The same layer with a module of its own, on this stream or another."""
+        """The same layer with another module, on this stream or another."""
         return Layer(self.layout, self.index, module, self._stream if stream is None else stream)
 
     @property
@@ -181,7 +181,7 @@ class Layer:
     def write(self, name: str, value: Tensor) -> None:
         """Gives a parameter new values, in its shape or as a matrix: the only way to change one.
 
-        What `scan_statistics` kept is let go where it depends on the parameter.
+        What `scan_statistics` kept is dropped if it depends on the parameter.
         """
         data = self.parameter(name).data
         data.copy_(value.reshape(data.shape))
@@ -189,7 +189,7 @@ class Layer:
             self._kept.clear()
 
     def remove(self, structure: str, columns: Tensor) -> dict[str, Tensor]:
-        """Takes states or heads out; masks by full name, in the shape from before, True = taken out."""
+        """Removes states or heads; masks by full name, in the shape from before, True = removed."""
         self._kept.clear()
         removed = self.mixer.remove(structure, columns)
         return {self.full_name(name): mask for name, mask in removed.items()}
@@ -216,7 +216,7 @@ class Layer:
     ) -> Iterator[tuple[int, Any]]:
         """Sums over all windows of what the scan sees, some time steps after the other.
 
-        Yields (first step, statistics of the steps from there on). All windows of all processes go through a piece before
+        Yields (first step, statistics of the steps from there on). All windows of all processes finish a piece before
         the next begins, so the sums of a step are complete when it is yielded, and only STEPS_AT_ONCE steps are held.
         What the scan read is kept within the budget, for `advance` after a change of A_log alone. effect: what a pruned
         entry is (ScanStatistics).
@@ -262,7 +262,7 @@ class Layer:
 
     @torch.no_grad()
     def output_error(self, other: Layer) -> float:
-        """Squared difference to what another layer puts out, over the squares of the stream; first batch of each process."""
+        """Squared difference to the output of another layer, over the squares of the stream; first batch of each process."""
         self._kept.clear()
         stream = self.stream
         sums = torch.zeros(2, dtype=SUM_DTYPE, device=stream.device)  # of the difference, of the stream
@@ -308,7 +308,7 @@ class Layer:
                     stream.hidden[rows, steps] = seen.out.to(stream.hidden.dtype)
         self.advanced = keep_outputs
         if check and not finite:
-            raise DivergenceError(f"layer {self.index} puts out values that are not finite")
+            raise DivergenceError(f"layer {self.index} outputs values that are not finite")
 
     def _visit(self, rows: slice, steps: slice, hidden: Tensor | None = None, **how: Any) -> Visit:
         if hidden is None:
@@ -325,7 +325,7 @@ class Layer:
             return call
 
         def cut(x: Any) -> Any:
-            """What has an axis of time, first or second, loses the other steps."""
+            """Cuts the axis of time, first or second, of what has one."""
             if not isinstance(x, Tensor) or L not in x.shape[:2]:
                 return x
             return x[:, steps] if x.dim() > 1 and x.shape[1] == L else x[steps]

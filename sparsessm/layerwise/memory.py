@@ -1,4 +1,4 @@
-"""Which device computes, where the residual stream waits, and how much memory may be spent to save work."""
+"""Which device computes, where the residual stream is stored, and how much memory may be spent to save work."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def default_budget(device: torch.device) -> int:
 
 
 def _available() -> int:
-    """Main memory that can be had without swapping; where the system does not say, half of what it has."""
+    """Main memory that is available without swapping; where the system does not say, half of what it has."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -68,7 +68,7 @@ def allocate(
     """A tensor of any content on a device or, for the place "disk", in a file in the folder.
 
     Raises:
-        InputError: the disk has no room for it.
+        InputError: the disk is too full.
     """
     return DiskTensor(shape, dtype, folder) if place == "disk" else torch.empty(shape, dtype=dtype, device=place)
 
@@ -87,7 +87,7 @@ class DiskTensor:
             if math.prod(shape):
                 os.posix_fallocate(self._file.fileno(), 0, math.prod(shape[:2]) * self._step)
         except OSError as error:
-            raise InputError(f"--offload disk finds no room for the block inputs ({error.strerror})") from None
+            raise InputError(f"--offload disk: the disk is too full for the block inputs ({error.strerror})") from None
 
     def _offset(self, row: int, step: int) -> int:
         return (row * self.shape[1] + step) * self._step

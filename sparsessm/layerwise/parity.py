@@ -1,6 +1,6 @@
-"""Whether our forward computes what stock `transformers` does: asked of every model before anything else is done with it.
+"""Whether our forward computes what stock `transformers` does: checked for every model before anything else.
 
-A short batch goes through the stock model and through ours, layer by layer. Every layer of ours is given the very input that
+The stock model and ours run on a short batch, layer by layer. Every layer of ours gets the same input that
 the stock one got, in pieces of time, and its output is compared; so is what enters the first layer and what the head makes
 of the last. The first that differs is named.
 """
@@ -44,7 +44,7 @@ def check_parity(layout: Layout, name: str, device: torch.device) -> Parity:
 
     Raises:
         InputError: a layer, what enters the first, or the head differs beyond the rounding of the dtype.
-        DivergenceError: the stock model itself puts out values that are not finite.
+        DivergenceError: the stock model itself outputs values that are not finite.
     """
     start = time.perf_counter()
     words = layout.model.get_input_embeddings().weight
@@ -54,7 +54,7 @@ def check_parity(layout: Layout, name: str, device: torch.device) -> Parity:
 
     def compare(ours: Tensor, stock: Tensor, where: str, base: Tensor | None = None) -> None:
         if not torch.isfinite(stock).all():
-            raise DivergenceError(f"{where} of {name} puts out values that are not finite: try --dtype float32")
+            raise DivergenceError(f"{where} of {name} outputs values that are not finite: try --dtype float32")
         base = stock if base is None else base
         off = float((ours.float() - stock.float()).norm() / base.float().norm().clamp_min(1e-30))
         if not off <= tolerance:
@@ -68,7 +68,7 @@ def check_parity(layout: Layout, name: str, device: torch.device) -> Parity:
     inputs, outputs, logits = _stock_pass(layout, ids, device)
     stream = Stream.embed(layout, ids, device=device, offload="cpu", batch=_BATCH, budget=0, steps=_PIECE, share=False)
     hidden = stream.hidden
-    assert isinstance(hidden, Tensor)  # it waits in main memory
+    assert isinstance(hidden, Tensor)  # it is in main memory
     compare(hidden, inputs[0], "what enters layer 0")
     for layer in each_layer(layout, stream):
         entered, left = inputs[layer.index], outputs[layer.index]

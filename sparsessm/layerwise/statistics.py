@@ -1,6 +1,6 @@
-"""What is observed of a module's inputs on the way: accumulators with `update` and `merge`, and nothing else.
+"""Statistics of a module's inputs: accumulators with `update` and `merge`, and nothing else.
 
-They keep plain sums in SUM_DTYPE over all windows seen; what a sum is divided by is the reader's affair. (The sums over
+They keep plain sums in SUM_DTYPE over all windows seen; the caller normalises them. (The sums over
 states are kept by the scan itself, `sparsessm.kernels.selective_scan.ScanStatistics`.)
 """
 

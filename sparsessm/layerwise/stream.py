@@ -22,7 +22,7 @@ from sparsessm.layerwise import distributed
 from sparsessm.layerwise.memory import DiskTensor, allocate, default_budget
 from sparsessm.models.architecture import Call, Layout
 
-# Time steps that go through a layer together: what bounds memory instead of the length of a window.
+# Time steps that a layer processes together: they bound memory instead of the length of a window.
 STEPS_AT_ONCE = 128
 
 
@@ -33,12 +33,12 @@ class Stream:
     Attributes:
         hidden: (n,L,M), in main memory, on the device, or in a file.
         device: where layers compute.
-        batch: windows that go through a layer together.
+        batch: windows that a layer processes together.
         total: windows in all processes together.
         budget: bytes that a layer may keep of what it has computed for its second pass.
         calls: how each layer is called, by the number of windows in a batch.
         gone: by parameter name, True where an entry was pruned before this run (models.history).
-        steps: time steps that go through a layer together.
+        steps: time steps that a layer processes together.
     """
 
     hidden: Tensor | DiskTensor

@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity on held-out text."""
+"""Quality and speed of a model: perplexity, zero-shot accuracy, inference."""

@@ -25,7 +25,7 @@ _LOGITS_AT_ONCE = 1 << 25
 class Perplexity:
     """exp(total negative log likelihood / predicted tokens), and over how much it was taken.
 
-    note: why value is endless, None where it is a number.
+    note: why value is infinite, None where it is finite.
     """
 
     value: float
@@ -48,7 +48,7 @@ def perplexity(
     `placement` is what Stream.embed takes: device, offload, batch ...
 
     Raises:
-        DivergenceError: a layer or the head puts out values that are not finite.
+        DivergenceError: a layer or the head outputs values that are not finite.
     """
     stream = Stream.embed(layout, windows, **placement)
     for layer in each_layer(layout, stream):
@@ -59,15 +59,15 @@ def perplexity(
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     mean = float(loss) / tokens
     if not math.isfinite(mean):
-        raise DivergenceError("the head puts out values that are not finite: try --dtype float32")
+        raise DivergenceError("the head outputs values that are not finite: try --dtype float32")
     if mean >= 700:
-        return Perplexity(math.inf, len(windows), tokens, f"beyond any number: {mean:.1f} nats per token")
+        return Perplexity(math.inf, len(windows), tokens, f"too large for a number: {mean:.1f} nats per token")
     return Perplexity(math.exp(mean), len(windows), tokens)
 
 
 @torch.no_grad()
 def stream_loss(layout: Layout, stream: Stream, windows: Tensor) -> Tensor:
-    """Negative log likelihood of this process's windows (n,L) by what left the last layer, () float64."""
+    """Negative log likelihood of this process's windows (n,L) from the outputs of the last layer, () float64."""
     loss = torch.zeros((), dtype=torch.float64, device=stream.device)
     at_once = max(1, _LOGITS_AT_ONCE // layout.model.get_output_embeddings().weight.shape[0])
     with layout.outside_on(stream.device):

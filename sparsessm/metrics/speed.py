@@ -1,4 +1,4 @@
-"""What sparsity buys at inference: checkpoints side by side, run by stock transformers.
+"""Inference costs of checkpoints side by side, run by stock transformers.
 
 The checkpoints take turns, round after round, each round in another order, so that the drift of a shared machine hits
 all of them alike; ratios are taken within a round. Something is called faster only where three rounds of four say so.
@@ -39,7 +39,7 @@ class Costs:
             batch of B sequences has B tokens at each position.
         parameters: how many there are, tied ones once. nonzero: the share of them that is neither zero nor marked as
             pruned in masks.safetensors.
-        parameter_bytes, file_bytes: in memory and on disk. state_bytes: what all sequences carry from token to token.
+        parameter_bytes, file_bytes: in memory and on disk. state_bytes: the cache of all sequences.
         peak_bytes: most that the device's allocator held for this model, None where the device does not count.
     """
 
@@ -183,12 +183,12 @@ def cells(costs: Costs) -> dict[str, str]:
 
 
 def verdict(costs: Sequence[Costs]) -> str:
-    """One line that says of each checkpoint what its sparsity bought against the first."""
+    """One line that says of each checkpoint what its sparsity gained against the first."""
     first, *others = costs
-    return f"Against {first.name}: " + "; ".join(_bought(first, other) for other in others) + "."
+    return f"Against {first.name}: " + "; ".join(_gained(first, other) for other in others) + "."
 
 
-def _bought(first: Costs, other: Costs) -> str:
+def _gained(first: Costs, other: Costs) -> str:
     speed = {
         "prefill": _ratios(first.prefill, other.prefill),
         "decoding": _ratios(first.decode, other.decode),
@@ -204,8 +204,8 @@ def _bought(first: Costs, other: Costs) -> str:
     losses += [_LARGER[what] for what, ratio in size.items() if ratio > 1 + _SAME_SIZE]
     figures = [f"{what} {statistics.median(ratios):.2f}x as fast" for what, ratios in speed.items()]
     figures += [f"{what} {ratio:.3f}x" for what, ratio in size.items()]
-    price = f" at the price of {_listed(losses)}" if losses else ""
-    return f"{other.name}, {_change(first, other)}, bought {_listed(gains) or 'nothing'}{price} ({', '.join(figures)})"
+    cost = f" at the cost of {_listed(losses)}" if losses else ""
+    return f"{other.name}, {_change(first, other)}, gained {_listed(gains) or 'nothing'}{cost} ({', '.join(figures)})"
 
 
 def _change(first: Costs, other: Costs) -> str:

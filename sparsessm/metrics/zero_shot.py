@@ -47,7 +47,7 @@ def load_tasks(names: Sequence[str], include: str | None) -> dict[str, Any]:
         include: a folder of further task YAMLs, which come before the harness's own of the same name.
 
     Raises:
-        InputError: what is needed is not installed, or a task, its folder or its documents cannot be had or used.
+        InputError: what is needed is not installed, or a task, its folder or its documents are not available or unusable.
     """
     missing = [package for package in ("lm_eval", "accelerate") if importlib.util.find_spec(package) is None]
     if missing:
@@ -67,13 +67,13 @@ def _declared(folder: Path) -> dict[str, Path]:
     import yaml
 
     if not folder.is_dir():
-        raise InputError(f"--zero_shot_include {folder} is no folder: give one that holds task YAMLs")
+        raise InputError(f"--zero_shot_include {folder} is not a folder: give one that holds task YAMLs")
     found = {}
     for path in sorted(folder.glob("**/*.yaml")):
         try:
             node = yaml.compose(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"--zero_shot_include: {path} is no YAML ({_line(error)}): mend or remove it") from None
+            raise InputError(f"--zero_shot_include: {path} is not YAML ({_line(error)}): correct or remove it") from None
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             if key.value in ("task", "group") and isinstance(value, yaml.ScalarNode):
                 found[value.value] = path
@@ -97,18 +97,18 @@ def _load_task(manager: Any, name: str, declared: Mapping[str, Path]) -> Any:
     except Exception as error:  # data sets, templates and functions of YAMLs raise anything
         if any(frame.name == "download" for frame in traceback.extract_tb(error.__traceback__)):
             raise InputError(
-                f"the documents of the zero-shot task {name} cannot be had ({_line(error)}): fetch them once with a "
+                f"the documents of the zero-shot task {name} are not available ({_line(error)}): fetch them once with a "
                 "network (they stay in the cache of datasets), leave the task out of --zero_shot_tasks, or read a local "
                 "copy by a YAML in --zero_shot_include"
             ) from None
         raise InputError(
-            f"the zero-shot task {name} cannot be used ({_line(error)}): mend its YAML, or leave the task out"
+            f"the zero-shot task {name} cannot be used ({_line(error)}): correct its YAML, or leave the task out"
         ) from None
     if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood") or getattr(task, "MULTIMODAL", False):
         raise InputError(f"the zero-shot task {name} is not scored by log likelihoods of text: leave it out")
     metric_of(name, task.aggregation())
     if not len(documents):
-        raise InputError(f"the zero-shot task {name} has no documents: mend its YAML, or leave it out")
+        raise InputError(f"the zero-shot task {name} has no documents: correct its YAML, or leave it out")
     task.set_config(key="num_fewshot", value=0)
     return task
 
@@ -138,12 +138,12 @@ def documents_sha256(task: Any) -> str:
 def first_process_works() -> Iterator[bool]:
     """Yields whether this is the process that evaluates; the others wait for it at the end of the block.
 
-    They wait as a group of their own: a group gives up after its timeout, and that of the job is 10 to 30 minutes.
+    They wait in a separate group with a long timeout: that of the job's group is 10 to 30 minutes.
     """
-    room = dist.new_group(backend="gloo", timeout=timedelta(weeks=1)) if dist.is_initialized() else None
+    group = dist.new_group(backend="gloo", timeout=timedelta(weeks=1)) if dist.is_initialized() else None
     yield distributed.is_main()
-    if room is not None:
-        dist.barrier(group=room)
+    if group is not None:
+        dist.barrier(group=group)
 
 
 def accuracy(
@@ -154,7 +154,7 @@ def accuracy(
     The model computes on the device, by the stock forward of transformers, and goes back to where it was.
 
     Args:
-        batch: choices that go through the model together, the shorter ones padded at their end; no choice sees another.
+        batch: choices that the model processes together, the shorter ones padded at their end; no choice sees another.
     """
     from lm_eval.evaluator import evaluate
 
@@ -167,7 +167,7 @@ def accuracy(
             outcome = evaluate(lm=adapter, task_dict={"tasks": {name: task}}, bootstrap_iters=0, log_samples=True)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error):
-            raise  # named where every step's is
+            raise  # named like the errors of other steps
         raise _failure(name, error) from error
     except Exception as error:  # of the harness, of a task's own functions, of odd documents: they share no base class
         raise _failure(name, error) from error
@@ -190,7 +190,7 @@ def _adapter(model: nn.Module, tokenizer: Any, batch: int) -> Any:
 
     _harness_logger.setLevel(logging.ERROR)  # it warns of every model that is handed over in memory
     try:
-        # a copy, for the harness may give the tokenizer a padding token, and ours is saved with the model
+        # a copy: the harness may give the tokenizer a padding token, and ours is saved with the model
         tokenizer = copy.deepcopy(tokenizer)
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, max_length=MAX_LENGTH)
     finally:

@@ -34,7 +34,7 @@ class Architecture:
 
     Attributes:
         layers: path of the list of layers in the causal model.
-        mixers: ours by the name of the stock class that it stands in for.
+        mixers: ours by the name of the stock class that it replaces.
         shrink: by structure, the changes of the config that a removal takes: (config, left) -> keys, where left is how
             many states or heads stay. It raises ValueError with the reason where the config cannot say so.
         neutral: keys of the config by which stock transformers changes weights when it loads them, and the values by
@@ -118,7 +118,7 @@ class Call:
 
 
 class _Enough(Exception):
-    """Ends a forward pass that has shown what it was made for."""
+    """Ends a forward pass once its hooks have what they need."""
 
 
 class Layout:
@@ -134,7 +134,7 @@ class Layout:
 
     @property
     def home(self) -> torch.device:
-        """Where the model lies while no layer is visited."""
+        """The device of the model while no layer is visited."""
         return self.model.get_input_embeddings().weight.device
 
     @property
@@ -182,14 +182,14 @@ class Layout:
         return found
 
     def shrink(self, structure: str) -> None:
-        """Lets the config say how many states or heads are left in the mixers."""
+        """Writes to the config how many states or heads are left in the mixers."""
         mixer = next(mixer for layer in self.layers if (mixer := self.mixer(layer)) is not None)
         left = mixer.scored(structure).shape[1]
         for key, value in self.row.shrink[structure](self.model.config, left).items():
             setattr(self.model.config, key, value)
 
     def remove_layer(self, index: int) -> None:
-        """Takes a layer out of the model; those behind it move up by one, in their caches as well."""
+        """Removes a layer of the model; the index of each later layer falls by one, in its cache as well."""
         del self.layers[index]
         self.model.config.num_hidden_layers -= 1
         part: Any
@@ -218,7 +218,7 @@ class Layout:
 
     @torch.no_grad()
     def leave(self, hidden: Tensor) -> Tensor:
-        """What the model makes of hidden states (rows,M) that left its last layer: logits (rows,V)."""
+        """Logits (rows,V) for hidden states (rows,M) that left the last layer."""
         *others, last = self.layers
         head = self.model.get_output_embeddings()
         stubs: dict[nn.Module, Callable[..., Any]]
@@ -230,7 +230,7 @@ class Layout:
 
     @contextmanager
     def outside_on(self, device: torch.device) -> Iterator[None]:
-        """Has all but the layers on a device for a while."""
+        """Keeps all but the layers on a device for a while."""
         inside = {id(tensor) for tensor in [*self.layers.parameters(), *self.layers.buffers()]}
         outside = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()] if id(t) not in inside}
         home = self.home

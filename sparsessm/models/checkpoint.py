@@ -37,11 +37,11 @@ _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_m
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that was found and looks whole, before any tensor is read.
+    """A checkpoint that was found and looks complete, before any tensor is read.
 
     Attributes:
         name: what the user called it. folder: where its files lie. layout: "hf" or "state-spaces".
-        config: what to build the model from. raw_config: config.json as it stands. files: its weight files.
+        config: what to build the model from. raw_config: config.json unchanged. files: its weight files.
     """
 
     name: str
@@ -125,13 +125,13 @@ def _read_config(name: str, folder: Path, raw: dict[str, Any]) -> tuple[str, Pre
     if raw.get("quantization_config") is not None:
         raise InputError(f"{name} has quantised weights (quantization_config): give a model with plain ones")
     if raw.get("transformers_weights") is not None:
-        raise InputError(f"{name} names weight files of its own (transformers_weights in config.json): use the usual names")
+        raise InputError(f"{name} names other weight files (transformers_weights in config.json): use the usual names")
     if original.is_original(raw):
         return "state-spaces", original.config_of(name, raw)
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise InputError(f"{name} is no model that can be pruned here (model_type {kind!r}): known are {known}")
+        raise InputError(f"{name} is not a model that can be pruned here (model_type {kind!r}): known are {known}")
     return "hf", AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -178,8 +178,8 @@ def skeleton(source: Source) -> PreTrainedModel:
 def load(source: Source, dtype: str = "auto") -> PreTrainedModel:
     """The model on the CPU, in eval mode, without gradients.
 
-    A_log is float32 whatever the dtype; below float32 its values are rounded to the dtype once, here, for every runtime
-    that loads the saved model in that dtype will round them so.
+    A_log is float32 whatever the dtype; below float32 its values are rounded to the dtype once, here, because every runtime
+    that loads the saved model in that dtype rounds them so.
 
     Raises:
         InputError: tensors missing, left over, of another shape than the config says, or with values that are not
@@ -199,7 +199,7 @@ def load(source: Source, dtype: str = "auto") -> PreTrainedModel:
         model, found = loaded
     except InputError:
         raise
-    except Exception as error:  # what a broken pickle, zip or header raises is anything
+    except Exception as error:  # a broken pickle, zip or header may raise anything
         where = ", ".join(file.name for file in source.files[:3])
         raise InputError(f"{source.folder} cannot be loaded ({where}: {first_line(error)}): fetch it again") from error
     _check_found(source, found)
@@ -219,7 +219,7 @@ def _check_found(source: Source, found: dict[str, Any]) -> None:
         raise InputError(f"{source.name}: {name} has shape {tuple(stored)}, the config says {tuple(wanted)}")
     if found["unexpected_keys"]:
         name = sorted(found["unexpected_keys"])[0]
-        raise InputError(f"{source.name} holds {name}, which this model has not: is this the right checkpoint?")
+        raise InputError(f"{source.name} holds {name}, which this model does not have: is this the right checkpoint?")
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise InputError(f"{source.name} lacks {len(missing)} tensors, the first {missing[0]}: fetch it again")
@@ -234,7 +234,7 @@ def _read_original(source: Source) -> dict[str, Tensor]:
             continue
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-            raise InputError(f"{file} holds something else than named tensors: is this the right checkpoint?")
+            raise InputError(f"{file} does not hold named tensors: is this the right checkpoint?")
         state |= content
     return original.tensors_here(source.name, state, source.config.tie_word_embeddings)
 

@@ -1,6 +1,6 @@
-"""What a checkpoint has lost already: found by the masks and the record beside it, or by its values, and never counted anew.
+"""What was pruned from a checkpoint before: found by the masks and the record beside it, or by its values; counted once.
 
-Entries that are gone stay gone, count in every total, and are neither candidates nor calibrated as large weights. Masks
+Pruned entries stay pruned, count in every total, and are neither candidates nor calibrated as large weights. Masks
 are kept in the shape that a parameter had before anything was removed from it.
 """
 
@@ -41,7 +41,7 @@ class Cut:
     gone: Tensor
 
     def left(self, tensor: Tensor) -> Tensor:
-        """What is still there of a tensor in the shape from before."""
+        """The entries of a tensor, in the shape from before, that are left."""
         return tensor.index_select(self.dim, (~self.gone).nonzero().flatten())
 
     def after(self, before: Cut | None) -> Cut:
@@ -53,7 +53,7 @@ class Cut:
         return Cut(before.dim, gone)
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """A mask of what is there, in the shape from before: what was removed is True."""
+        """A mask of the entries that are left, in the shape from before: removed entries are True."""
         shape = list(tensor.shape)
         shape[self.dim] = len(self.gone)
         found = torch.ones(shape, dtype=torch.bool)
@@ -67,7 +67,7 @@ class History:
     Attributes:
         masks: by parameter, True = gone, in the shape from before anything was removed.
         cuts: by parameter, what was removed from it; none where nothing was.
-        counts: entries of whole parameters that are not there any more, by part.
+        counts: entries of whole parameters that were removed, by part.
         runs: the records of earlier runs, the first one first.
     """
 
@@ -80,11 +80,11 @@ class History:
         return bool(self.masks or any(self.counts.values()))
 
     def present(self) -> dict[str, Tensor]:
-        """Masks of what is there, in the shapes that parameters have now."""
+        """Masks in the shapes that parameters have now."""
         return {name: self.cuts[name].left(mask) if name in self.cuts else mask for name, mask in self.masks.items()}
 
     def merged(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """These masks together with those of a run, which has the shapes of now."""
+        """These masks together with those of a run, which are in the present shapes."""
         found = dict(self.masks)
         for name, mask in masks.items():
             whole = self.cuts[name].whole(mask) if name in self.cuts else mask
@@ -92,7 +92,7 @@ class History:
         return found
 
     def without_layers(self, removed: Sequence[int]) -> History:
-        """The same for a model from which blocks were taken out: their masks go, those behind them move up."""
+        """The same for a model from which blocks were removed, without their masks, later blocks renumbered."""
 
         def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
             found = {}
@@ -128,7 +128,7 @@ def cut_between(mask: Tensor, shape: Sequence[int]) -> Cut:
     """Where a parameter became smaller than its mask: along the first such dimension, where the mask is full."""
     dim = next(d for d, (old, new) in enumerate(zip(mask.shape, shape, strict=True)) if old != new)
     full = mask.transpose(0, dim).flatten(1).all(1) if mask.dim() > 1 else mask.clone()
-    missing = mask.shape[dim] - shape[dim]  # more may be full than was removed: pruned whole, and still there
+    missing = mask.shape[dim] - shape[dim]  # more may be full than was removed: pruned entirely, but not removed
     return Cut(dim, full & (full.cumsum(0) <= missing))
 
 
@@ -191,7 +191,7 @@ def _read_record(folder: Path | None) -> dict[str, Any]:
         whole and isinstance(cuts, dict) and all(map(_is_cut, cuts.values()))
         and isinstance(record.get("history", []), list) and isinstance(record.get("options", {}), dict)
     ):  # fmt: skip
-        raise InputError(f"{file} does not hold what it should: restore it, or remove it and {MASKS}")
+        raise InputError(f"{file} does not have the expected content: restore it, or remove it and {MASKS}")
     return record
 
 
@@ -223,7 +223,7 @@ def _read_masks(
     for name, mask in masks.items():
         parameter = parameters.get(name)
         if parameter is None or mask.dtype != torch.bool or mask.dim() != parameter.dim():
-            raise InputError(f"{file}: {name} is no mask of this model: remove the file, or restore the right one")
+            raise InputError(f"{file}: {name} is not a mask of this model: remove the file, or restore the right one")
         if mask.shape == parameter.shape:
             continue
         cut = _recorded_cut(mask, record.get("removed", {}).get(name)) or cut_between(mask, parameter.shape)
@@ -252,7 +252,7 @@ def counts_of(masks: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
 class Ledger:
     """Counts entries by part: of A_log (ssm), of the weights that can be pruned (layers), of the whole model.
 
-    What earlier runs took out of the model counts as if it were there; tied parameters count once.
+    What earlier runs removed from the model counts as pruned; tied parameters count once.
     """
 
     def __init__(self, layout: Layout, history: History) -> None:
@@ -267,7 +267,7 @@ class Ledger:
             counts[part] += size
 
     def shares(self, counts: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
-        """Shares that are gone by these counts and before; what was removed counts as pruned."""
+        """Shares pruned by these counts and before; what was removed counts as pruned."""
         pruned = dict(self._before)
         for name, count in counts.items():
             self.add(pruned, name, count["pruned"])
@@ -275,7 +275,7 @@ class Ledger:
 
 
 def already_pruned(history: History, model: nn.Module, names: set[str], sparsity: float) -> str | None:
-    """A line where nothing would be pruned: every one of these parameters has lost the share that is asked for."""
+    """A message if nothing would be pruned: all of these parameters have the requested sparsity already."""
     masks = history.present()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if name in names}
     if not sizes or any(round(sparsity * size) > int(masks[n].sum() if n in masks else 0) for n, size in sizes.items()):

@@ -18,7 +18,7 @@ from sparsessm.models.mixer import Hooks, Mixer, Removed, ScanInputs, apply_line
 
 @dataclass(frozen=True)
 class ChannelInputs(ScanInputs):
-    """u, z (B,L,D), and what x_proj put out, (B,L,R+2N)."""
+    """u, z (B,L,D), and the output of x_proj, (B,L,R+2N)."""
 
     u: Tensor
     z: Tensor
@@ -43,7 +43,7 @@ class Mamba1Mixer(Mixer):
         return ChannelInputs(u, z, projected), conv
 
     def _normed(self, projected: Tensor) -> Tensor:
-        """What x_proj put out, (B,L,R+2N): dt, B and C as the scan reads them."""
+        """The output of x_proj, (B,L,R+2N): dt, B and C as the scan reads them."""
         return projected
 
     def scan(
@@ -98,7 +98,7 @@ class Mamba1Mixer(Mixer):
 
 
 class FalconMambaMixer(Mamba1Mixer):
-    """Falcon-Mamba: dt, B and C each go through an RMS norm without weights between x_proj and what follows."""
+    """Falcon-Mamba: an RMS norm without weights each for dt, B and C after x_proj."""
 
     def _normed(self, projected: Tensor) -> Tensor:
         R, N = self.module.dt_proj.weight.shape[1], self.module.A_log.shape[1]

@@ -31,7 +31,7 @@ _LOSSES_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class HeadInputs(ScanInputs):
-    """mixed (B,L,DI+2GN): what the convolution put out; z (B,L,DI); dt (B,L,H) as projected."""
+    """mixed (B,L,DI+2GN): the output of the convolution; z (B,L,DI); dt (B,L,H) as projected."""
 
     mixed: Tensor
     z: Tensor
@@ -135,7 +135,7 @@ class Mamba2Mixer(Mixer):
         return rows.float().square().sum(1).view(2 * G, N).sum(0, keepdim=True)
 
     def competing(self, structure: str) -> int:
-        """Heads are taken out of every group alike, for a group keeps its share of the heads."""
+        """The same number of heads is removed from every group, because groups have equal shares of the heads."""
         return self.module.n_groups if structure == "heads" else 1
 
     def remove(self, structure: str, columns: Tensor) -> Removed:

@@ -1,7 +1,7 @@
-"""What the rest of the project knows of an SSM mixer: its forward in three steps, its A_log, and what can be taken out.
+"""The interface of an SSM mixer: its forward in three steps, its A_log, and the structures that can be removed.
 
-A mixer of ours computes on the parameters of a stock one and stands in for it inside the stock layer's own forward. It
-shows the inputs of its modules to hooks, adds to scan statistics, and can continue a window where a piece of it ended.
+A mixer of ours computes on the parameters of a stock one and replaces it inside the stock layer's own forward. It
+passes the inputs of its modules to hooks, adds to scan statistics, and can continue a window where a piece of it ended.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from sparsessm.kernels.convolution import causal_conv, causal_conv_silu
 from sparsessm.kernels.matmul import linear
 
 Hooks = Mapping[str, Callable[[Tensor], None]]
-Removed = dict[str, Tensor]  # parameter name within the mixer -> bool in its shape from before, True = taken out
+Removed = dict[str, Tensor]  # parameter name within the mixer -> bool in its shape from before, True = removed
 
 
 @dataclass(frozen=True)
 class Cache:
-    """What a mixer remembers between two pieces of a window: conv (B,K-1,channels) inputs, state (B,...)."""
+    """The cache of a mixer between two pieces of a window: conv (B,K-1,channels) inputs, state (B,...)."""
 
     conv: Tensor
     state: Tensor
@@ -31,7 +31,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class ScanInputs:
-    """What a scan reads and A_log has no part in; a subclass has tensors (B,L,any) as its fields."""
+    """The inputs of a scan that do not depend on A_log; a subclass has tensors (B,L,any) as its fields."""
 
     def compact(self) -> Self:
         """The same without memory that is shared with larger tensors."""
@@ -47,7 +47,7 @@ class Mixer(ABC):
 
     Attributes:
         module: the stock mixer. MODULES: names of its linear and convolution modules, in the order in which data meets
-            them; the last is what leads back to the residual stream. STRUCTURES: what can be taken out whole.
+            them; the last is what leads back to the residual stream. STRUCTURES: what can be removed whole.
     """
 
     MODULES: ClassVar[tuple[str, ...]]
@@ -58,11 +58,11 @@ class Mixer(ABC):
 
     @abstractmethod
     def prepare(self, x: Tensor, conv: Tensor | None, hooks: Hooks) -> tuple[ScanInputs, Tensor]:
-        """All before the scan, which A_log has no part in: x (B,L,M), conv the last inputs of the convolution before."""
+        """All before the scan, which does not depend on A_log: x (B,L,M), conv the last inputs of the convolution before."""
 
     @abstractmethod
     def scan(self, inputs: Any, state: Tensor | None, statistics: Any = None) -> tuple[Tensor, Tensor]:
-        """The scan, gate and norm: what the last module gets, (B,L,d_inner), and the state after the last step."""
+        """The scan, gate and norm: the input of the last module, (B,L,d_inner), and the state after the last step."""
 
     def project(self, y: Tensor) -> Tensor:
         """The last module: (B,L,d_inner) -> (B,L,M)."""
@@ -80,15 +80,15 @@ class Mixer(ABC):
         """A_log as a matrix (rows,cols), a view of the parameter: groups of N of M lie along cols."""
 
     def scored(self, structure: str) -> Tensor:
-        """A_log in the shape (rows,cols) of the scores for a structure; whole columns of it are taken out."""
+        """A_log in the shape (rows,cols) of the scores for a structure; whole columns of it are removed."""
         return self.A_log
 
     def magnitudes(self, structure: str) -> Tensor:
-        """What saliency magnitude goes by, (rows,cols) of the scores for a structure."""
+        """What saliency magnitude scores, (rows,cols) of the scores for a structure."""
         return self.scored(structure)
 
     def competing(self, structure: str) -> int:
-        """Into how many groups of consecutive columns a structure falls that must lose alike."""
+        """Into how many groups of consecutive columns a structure falls that must lose the same number."""
         return 1
 
     def output_gram(self, gram: Tensor) -> Tensor:
@@ -97,11 +97,11 @@ class Mixer(ABC):
 
     @abstractmethod
     def remove(self, structure: str, columns: Tensor) -> Removed:
-        """Takes what columns (cols,) chooses out of the stock mixer."""
+        """Removes what columns (cols,) chooses from the stock mixer."""
 
     @abstractmethod
     def silenced(self) -> dict[str, slice]:
-        """Rows of parameters that make the scan put out D u alone once they are zero, in every runtime."""
+        """Rows of parameters that, set to zero, leave D u as the scan's output, in every runtime."""
 
 
 def apply_linear(module: Any, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def convolved(mixer: Any, x: Tensor, before: Tensor | None, hooks: Hooks, *, ker
 
 
 def keep_rows(module: nn.Module, name: str, keep: Tensor, dim: int = 0) -> Tensor:
-    """Replaces a parameter by what keep chooses along a dimension; returns what was taken out, in the shape from before."""
+    """Replaces a parameter by what keep chooses along a dimension; returns the mask of the rest in the old shape."""
     parameter = module.get_parameter(name)
     owner, _, last = name.rpartition(".")
     keep = keep.to(parameter.device)

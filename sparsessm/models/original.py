@@ -1,4 +1,4 @@
-"""The layout of the original state-spaces repositories: the same tensors, but for one name and the keys of the config.
+"""The layout of the original state-spaces repositories: the same tensors, except one name and the keys of the config.
 
 A config.json without `model_type`, with `ssm_cfg`; weights in pytorch_model.bin; no tokenizer. mamba_ssm reads it, and
 transformers does not. A key that is not known here is refused: it may mean another model.
@@ -54,7 +54,7 @@ def config_of(name: str, raw: Mapping[str, Any]) -> MambaConfig | Mamba2Config:
     if kind not in _SSM_KEYS:
         raise InputError(f"{name} has layers of the kind {kind}: known are {', '.join(_SSM_KEYS)}")
     if not raw.get("rms_norm", True):
-        raise InputError(f"{name} uses LayerNorm (rms_norm false), which transformers' Mamba has not")
+        raise InputError(f"{name} uses LayerNorm (rms_norm false), which transformers' Mamba does not have")
     fixed = _FIXED[kind]
     unknown = sorted((raw.keys() - _KEYS - _REMARKS) | (ssm.keys() - _SSM_KEYS[kind] - _INITIAL[kind] - fixed.keys()))
     if unknown:
@@ -91,7 +91,7 @@ def raw_config(config: Any, original: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of this layout for a config of transformers; keys of the source that pruning does not change are kept.
 
     Raises:
-        InputError: the layout has no word for something.
+        InputError: the layout cannot express something.
     """
     ssm = {
         "d_state": config.state_size, "d_conv": config.conv_kernel, "expand": config.expand, "bias": config.use_bias,
@@ -99,7 +99,7 @@ def raw_config(config: Any, original: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     if isinstance(config, MambaConfig):
         if config.intermediate_size != int(config.expand * config.hidden_size):
-            raise InputError("the state-spaces layout has no word for an intermediate size other than expand * d_model")
+            raise InputError("the state-spaces layout cannot express an intermediate size other than expand * d_model")
         ssm |= {"dt_rank": config.time_step_rank}
     else:
         ssm |= {"layer": "Mamba2", "headdim": config.head_dim, "ngroups": config.n_groups}
@@ -128,7 +128,7 @@ def tensors_here(name: str, state: Mapping[str, Tensor], tied: bool) -> dict[str
     """
     embedding, head = state.get(_EMBEDDING + "weight"), state.get("lm_head.weight")
     if tied and embedding is not None and head is not None and not torch.equal(embedding, head):
-        raise InputError(f"{name} ties its head by its config and holds another one: set tie_embeddings to false")
+        raise InputError(f"{name} ties its head by its config but has a different head: set tie_embeddings to false")
     return {key.replace(_EMBEDDING, _ITS_NAME_HERE): tensor for key, tensor in state.items()}
 
 

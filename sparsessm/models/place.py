@@ -1,8 +1,8 @@
-"""The place of a checkpoint: refused before anything heavy starts, held while a run goes on, filled in one step.
+"""The place of a checkpoint: checked before anything slow starts, locked during the run, filled in one step.
 
-A folder is written beside its place under a name of its own. What the place holds already (with --overwrite) is
+A folder is written beside its place under another name. What the place holds already (with --overwrite) is
 exchanged for it atomically where the system can, its other files and folders included; where it cannot, the old
-checkpoint steps aside file by file and comes back at the next start if that was cut short.
+checkpoint is moved aside file by file and comes back at the next start if that was cut short.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def is_checkpoint_file(path: Path) -> bool:
 
 
 def located(target: str) -> Path:
-    """Where a target really lies: links are followed, also one whose end does not exist yet."""
+    """The real path of a target: links are followed, also one whose end does not exist yet."""
     return Path(os.path.realpath(Path(target).expanduser()))
 
 
@@ -48,7 +48,7 @@ def check_target(
         own: hash of the record that this very run wrote there before it was interrupted (`Place.stamp`).
 
     Raises:
-        InputError: the target is the model itself, holds something, is no folder, or cannot be written.
+        InputError: the target is the model itself, holds something, is not a folder, or cannot be written.
     """
     path = located(target)
     try:
@@ -64,7 +64,7 @@ def check_target(
     if path == Path(os.path.realpath(model_folder)):
         raise InputError(f"--save {target} is the model itself: name another folder")
     if runs is not None and Path(os.path.realpath(runs)).is_relative_to(path):
-        raise InputError(f"--save {target} is where the run folders go (--base_dir): name a folder of its own")
+        raise InputError(f"--save {target} is where the run folders go (--base_dir): name a separate folder")
     if there and not overwrite and _held(path) and not (own and own == record_stamp(path)):
         raise InputError(
             f"--save {target} is not empty: name a new folder, or add --overwrite, which replaces the files of a "
@@ -86,12 +86,12 @@ def record_stamp(folder: Path) -> str | None:
 
 
 def _held(path: Path) -> list[Path]:
-    """What a folder holds, without what a killed run of ours may have left in it."""
+    """The content of a folder, without what a killed run of ours may have left in it."""
     return [entry for entry in path.iterdir() if not entry.name.startswith(".sparsessm-")]
 
 
 def put_back(path: Path) -> None:
-    """Brings back a checkpoint that was stepping aside for another when the run was killed."""
+    """Brings back a checkpoint that had been moved aside for another when the run was killed."""
     path = path.absolute()
     older = path.with_name(f".{path.name}.previous")  # as versions before 0.2 left it
     with suppress(OSError):
@@ -113,13 +113,13 @@ class Place:
     """A target that is held by this run: `staging` is the folder to write to, `publish` puts it in place."""
 
     def __init__(self, target: str, needed: int = 0) -> None:
-        """Takes the place, before anything heavy starts.
+        """Takes the place, before anything slow starts.
 
         Args:
             needed: bytes that the checkpoint will take.
 
         Raises:
-            InputError: another run holds the place, or it cannot be written or has no room.
+            InputError: another run holds the place, or it cannot be written or its disk is too full.
         """
         self.target, self.path = target, located(target)
         self._made = []
@@ -157,9 +157,9 @@ class Place:
         """Puts the folder in its place.
 
         Raises:
-            StorageError: the system refuses; what was there is there as before.
+            StorageError: the system refuses; the old checkpoint is unchanged.
         """
-        with storing(str(self.path), "nothing was saved: make room, or name another place"):
+        with storing(str(self.path), "nothing was saved: free some space, or name another place"):
             files.publish_modes(self.staging)
             if self._inside:
                 self._move_in()
@@ -186,7 +186,7 @@ class Place:
         return False
 
     def _move_in(self) -> None:
-        """Replaces the checkpoint file by file; `put_back` mends what a kill leaves half done."""
+        """Replaces the checkpoint file by file; `put_back` repairs what a kill leaves half done."""
         moving, previous = self.path / _MOVING, self.path / _PREVIOUS
         moving.mkdir()
         try:
@@ -203,7 +203,7 @@ class Place:
         previous.rename(done)
 
     def close(self) -> None:
-        """Lets the place go; what was not published vanishes."""
+        """Releases the place; what was not published is deleted."""
         shutil.rmtree(self.staging, ignore_errors=True)
         self._lock.release()
         files.remove_empty(self._made)

@@ -25,17 +25,17 @@ def size_needed(model: PreTrainedModel) -> int:
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the tokenizer, before anything heavy starts.
+    """Writes the tokenizer, before anything slow starts.
 
     Raises:
-        InputError: it cannot be written, or the disk refuses.
+        InputError: it cannot be written, or the disk is full.
     """
     try:
         with storing(f"the tokenizer in {folder.parent}"):
             tokenizer.save_pretrained(folder)
     except InputError:
         raise
-    except Exception as error:  # what odd values in its files lead to is anything
+    except Exception as error:  # odd values in its files may raise anything
         raise InputError(f"the model's tokenizer cannot be saved ({first_line(error)}): correct its files") from error
     config = folder / "tokenizer_config.json"
     if config.is_file():
@@ -52,13 +52,13 @@ def save(
     target: str,
     **layout: Any,
 ) -> Path:
-    """Writes a whole checkpoint to the folder `target`; what it holds already is replaced, other files stay.
+    """Writes a whole checkpoint to the folder `target`; its old checkpoint is replaced, other files stay.
 
     Args:
         masks, record, layout: see `write_model`.
 
     Raises:
-        StorageError: the disk is full or the target cannot be written; what was there is there as before.
+        StorageError: the disk is full or the target cannot be written; the old checkpoint is unchanged.
     """
     with Place(target, size_needed(model)) as place:
         write_tokenizer(tokenizer, place.staging)
@@ -85,7 +85,7 @@ def write_model(
         raw_zeros: write 0 for pruned entries of A_log.
         original_config: config.json of a state-spaces source, whose keys that pruning does not change are kept.
     """
-    with storing(str(place.path), "nothing was saved: make room, or name another place"):
+    with storing(str(place.path), "nothing was saved: free some space, or name another place"):
         state = model.state_dict()
         if raw_zeros:
             for name, mask in masks.items():

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: the one that AutoTokenizer takes, checked against the model before heavy work starts."""
+"""The tokenizer of a checkpoint: the one that AutoTokenizer takes, checked against the model before slow work starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsessm.models.checkpoint import Source, read_json
 
 logger = logging.getLogger("sparsessm")
 
-# What the published checkpoints of the state-spaces layout were trained with; they hold none of their own.
+# The tokenizer that the published checkpoints of the state-spaces layout were trained with; they do not include it.
 FALLBACK_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
@@ -21,7 +21,7 @@ _FILES = (*_JSON_FILES, "merges.txt", "vocab.txt", "tokenizer.model", "spiece.mo
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer; GPT-NeoX's for a state-spaces checkpoint without one, which is said in one line.
+    """The checkpoint's own tokenizer; GPT-NeoX's for a state-spaces checkpoint without one, which is logged in one line.
 
     Raises:
         InputError: there is none, its files are broken, or it makes ids that the model has no embedding for.
@@ -33,7 +33,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
                 read_json(file)
         tokenizer = _load(str(source.folder), source, "correct or replace its tokenizer files")
     elif source.layout == "state-spaces":
-        logger.info("tokenizer: that of %s, for %s has none of its own", FALLBACK_TOKENIZER, source.name)
+        logger.info("tokenizer: that of %s, because %s has none", FALLBACK_TOKENIZER, source.name)
         tokenizer = _load(FALLBACK_TOKENIZER, source, "put a tokenizer.json beside the weights")
     else:
         raise InputError(f"{source.name} has no tokenizer: put its tokenizer.json beside the weights")
@@ -44,7 +44,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 def _load(origin: str, source: Source, remedy: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(origin, trust_remote_code=False)
-    except Exception as error:  # what broken files lead to is anything; tokenizers raises a bare Exception
+    except Exception as error:  # broken files may raise anything; tokenizers raises a bare Exception
         raise InputError(f"no tokenizer for {source.name} from {origin} ({first_line(error)}): {remedy}") from error
 
 
@@ -54,7 +54,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
     try:
         ids = sorted(tokenizer.get_vocab().values())
         tokenizer("state space", verbose=False)["input_ids"]
-    except Exception as error:  # odd values in its files show here at the latest
+    except Exception as error:  # odd values in its files fail here at the latest
         raise InputError(f"the tokenizer of {source.name} does not work ({first_line(error)}): correct its files") from error
     # transformers itself may add special tokens to a tokenizer that has no tokenizer.json
     added = set() if (source.folder / "tokenizer.json").is_file() else set(tokenizer.all_special_ids)

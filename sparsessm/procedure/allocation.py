@@ -1,4 +1,4 @@
-"""Sparsities of layers and modules from the errors that they make at the output of their layer (docs/BEYOND.md)."""
+"""Sparsities of layers and modules from the errors that pruning them makes at the output of their layer (docs/BEYOND.md)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MeasureErrors(Measurement):
     name = "allocation"
 
     def __init__(self, transitions: TransitionPlan | None, weights: WeightPlan | None) -> None:
-        self.transitions, self.weights = transitions, None if weights is None else replace(weights, polish=0)
+        self.transitions, self.weights = transitions, None if weights is None else replace(weights, refine_steps=0)
 
     @property
     def parts(self) -> list[str]:

@@ -1,8 +1,8 @@
-"""Pruning that lets the weights that stay make up for those that go (docs/BEYOND.md).
+"""Pruning in which the remaining weights compensate for the pruned ones (docs/BEYOND.md).
 
 One pass over the model that is pruned, with the dense one beside it on the same windows. In each layer A_log is pruned
-first, then the modules in the order in which data meets them. What the mixer's last module is solved for is not its old
-weight but the dense model's stream after the layer: that repairs what this layer and all before it have drifted.
+first, then the modules in the order in which data meets them. The mixer's last module is solved toward the dense
+model's stream after the layer, not its old weight: that repairs the drift of this layer and all before it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class PruneCompensated(Change):
         return self._outcome(layer, choice, applied, weights)
 
     def _prune_modules(self, layer: Layer, dense: Layer | None, plan: WeightPlan, names: tuple[str, ...]) -> Masks:
-        """Prunes modules that look at their inputs together."""
+        """Prunes modules whose inputs are observed together."""
         last = layer.mixer.MODULES[-1]
         seen, masks = observed(layer, [name for name in names if name != last or dense is None], plan), {}
         for name in names:

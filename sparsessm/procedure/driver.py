@@ -1,13 +1,13 @@
-"""The driver: the passes of a plan one after the other, and within a pass, layer by layer: measure, choose, write, settle.
+"""The driver: the passes of a plan one after the other, and within a pass, layer by layer: measure, choose, write, finish.
 
     for each pass of the plan:
-        for each layer, on what the layers before it now put out:
+        for each layer, on the present outputs of the layers before it:
             restore it from an interrupted run, or
-                measure what the pass needs of its inputs, choose what goes, write what stays
-            settle: record it, report it
+                measure what the pass needs of its inputs, choose what to prune, write the rest
+            finish: record it, report it
             move the stream on through the layer as it now is
 
-A pass is a class with `visit`; what it measures, chooses and writes is its own affair. Resume and report are here alone.
+A pass is a class with `visit`; it decides what to measure, choose and write. Resume and report are here alone.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a pass made of a layer.
+    """The result of a pass for one layer.
 
     Attributes:
-        masks: by full name in the shape that the parameter has then, True = pruned. removed: what was taken out of
-            parameters, in the shape from before.
-        choices: what is recorded of them, from which `restore` makes the masks again. values: parameters that changed.
+        masks: by full name in the shape that the parameter has then, True = pruned. removed: masks of what was removed
+            from parameters, in the shape from before.
+        choices: what is recorded of the masks; `restore` makes them from it. values: parameters that changed.
         figures: for the report. record: figures that a later pass needs, as JSON.
     """
 
@@ -108,7 +108,7 @@ class Pass(ABC):
 
     Attributes:
         name: under which layers are recorded and reported.
-        dense: whether a copy of each layer as it was is visited beside it, on a stream of its own.
+        dense: whether a copy of each layer as it was is visited beside it, on a separate stream.
     """
 
     name: str
@@ -128,7 +128,7 @@ class Change(Pass):
 
     @abstractmethod
     def restore(self, layer: Layer, values: Masks, choices: Masks) -> Outcome:
-        """Makes of a layer what an interrupted run had made of it."""
+        """Gives a layer the state that an interrupted run had given it."""
 
 
 class Measurement(Pass):
@@ -141,7 +141,7 @@ class Measurement(Pass):
 
 @torch.no_grad()
 def run_pass(job: Job, work: Pass) -> dict[int, Outcome]:
-    """Runs a pass over the layers of a job; what it made of each."""
+    """Runs a pass over the layers of a job; the outcome of each."""
     found: dict[int, Outcome] = {}
     indices = job.indices
     if isinstance(work, Measurement) and (recorded := _recorded(job, work)) is not None:
@@ -150,14 +150,14 @@ def run_pass(job: Job, work: Pass) -> dict[int, Outcome]:
     for layer in each_layer(job.layout, job.embed()):
         before = None if dense is None else layer.copy(copy.deepcopy(layer.module), dense)
         if layer.index in indices:
-            found[layer.index] = settle(job, work, layer, before)
+            found[layer.index] = finish_layer(job, work, layer, before)
         if before is not None:
             before.advance()
     return found
 
 
-def settle(job: Job, work: Pass, layer: Layer, dense: Layer | None) -> Outcome:
-    """Restores a layer that an interrupted run had finished, or has it visited and records it; reports it either way."""
+def finish_layer(job: Job, work: Pass, layer: Layer, dense: Layer | None) -> Outcome:
+    """Restores a layer that an interrupted run had finished, or visits and records it; reports it either way."""
     if isinstance(work, Change):
         restored = job.journal.load(work.name, layer.index, *work.expected(layer))
         outcome = work.visit(layer, dense) if restored is None else work.restore(layer, *restored)
@@ -184,7 +184,7 @@ def _record(job: Job, work: Measurement, layer: Layer) -> Any | None:
 
 
 def _recorded(job: Job, work: Measurement) -> dict[int, Outcome] | None:
-    """What an interrupted run had measured, where that is all; nothing is computed then."""
+    """The measurements of an interrupted run, if they are complete; nothing is computed then."""
     found = {}
     for index in job.indices:
         record = _record(job, work, Layer(job.layout, index, job.layout.layers[index]))

@@ -1,4 +1,4 @@
-"""Whether what the options ask for can be done with a model: known from its config, before its weights are loaded."""
+"""Whether the options fit a model: checked with its config, before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_model(options: Options, layout: Layout) -> tuple[int, int]:
         InputError: one line that says what to do.
     """
     if options.save_format == "state-spaces" and not layout.row.original:
-        raise InputError(f"--save_format state-spaces knows no {layout.model.config.model_type}: leave it out")
+        raise InputError(f"--save_format state-spaces does not support {layout.model.config.model_type}: leave it out")
     count = len(layout.layers)
     first, stop = max(0, options.minlayer), min(options.maxlayer, count)
     recipe = options.recipe
@@ -34,7 +34,7 @@ def check_model(options: Options, layout: Layout) -> tuple[int, int]:
     structure, m = recipe.structure, options.prunem
     if options.prune_A and structure != "entries":
         if (first, stop) != (0, count):
-            raise InputError("removing states needs every layer, for a config has one state size: drop the layer range")
+            raise InputError("removing states needs every layer, because a config has one state size: drop the layer range")
         _check_structure(options, layout, structure)
     cols = mixers[0].A_log.shape[1]
     if m and options.prune_A and cols % m:
@@ -60,7 +60,7 @@ def _check_structure(options: Options, layout: Layout, structure: str) -> None:
         if structure not in mixer.STRUCTURES or structure not in layout.row.shrink:
             able = [name for name in mixer.STRUCTURES if name in layout.row.shrink]
             raise InputError(
-                f"--structure {structure} cannot be taken out of {layout.model.config.model_type} models"
+                f"--structure {structure} cannot be removed from {layout.model.config.model_type} models"
                 + (f": use {' or '.join(able)}" if able else "")
             )
         size = mixer.scored(structure).shape[1]
@@ -83,7 +83,7 @@ _NAMES = {"columns": "states", "heads": "heads"}
 
 
 def _check_weights(options: Options, layout: Layout, first: int, stop: int) -> None:
-    """Names of modules that there are, and groups of M that fit their columns."""
+    """Whether the modules exist, and groups of M fit their columns."""
     found = {}
     for index in range(first, stop):
         for name, module in layout.modules(layout.layers[index]).items():

@@ -1,4 +1,4 @@
-"""What a run is to do, as data: made from the options, or by hand."""
+"""The plan of a run, as data: made from the options, or by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from sparsessm.errors import require_known
 from sparsessm.options import Options
-from sparsessm.pruning.methods import CONV_HESSIANS, PRUNED_A_LOG, SEARCHES, SHED_TARGETS
+from sparsessm.pruning.methods import CONV_HESSIANS, PRUNED_A_LOG, REMOVAL_TARGETS, SEARCHES
 from sparsessm.pruning.patterns import Columns, NofM, Pattern, Unstructured
 from sparsessm.pruning.saliency import SALIENCIES
 
@@ -41,11 +41,11 @@ class TransitionPlan:
 
     @property
     def structure(self) -> str:
-        """What its scores are of: "entries", or what is taken out whole."""
+        """What its scores are of: "entries", or the structure that is removed whole."""
         return self.pattern.removes or "entries"
 
     def share(self, sparsity: float | None) -> TransitionPlan:
-        """The plan for a layer with a sparsity of its own."""
+        """The plan for a layer with another sparsity."""
         return replace(self, pattern=self.pattern.share(sparsity))
 
 
@@ -57,7 +57,7 @@ class WeightPlan:
         rule: of procedure.rules.RULES. modules: names of the modules to prune.
         alpha: how far sparsities spread with sensitivity, 0 for uniform ones.
         conv_hessian: "tap", one K x K Hessian per channel, or "channel", the released D x D one over channels.
-        polish: iterations toward the best weights for the mask that OBS ends with.
+        refine_steps: iterations toward the best weights for the mask that OBS ends with.
 
     Raises:
         ValueError: a name that its table does not know.
@@ -70,7 +70,7 @@ class WeightPlan:
     conv_hessian: str = "tap"
     percdamp: float = 0.01
     blocksize: int = 128
-    polish: int = 0
+    refine_steps: int = 0
 
     def __post_init__(self) -> None:
         require_known("conv_hessian", self.conv_hessian, CONV_HESSIANS)
@@ -78,13 +78,13 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class CompensationPlan:
-    """How the weights that stay make up for those that go.
+    """How the remaining weights compensate for the pruned ones.
 
     Attributes:
         refit: solve the mixer's last module toward the dense model's stream after the layer, whether it is pruned or not.
-        sequential: modules of a layer one after the other, each on what the pruned ones before it put out; otherwise all
-            on what the layer made of its inputs before any of them was pruned.
-        ridge: pull of the refit toward the weights as they are, as a share of the Hessian's mean diagonal.
+        sequential: modules of a layer one after the other, each on the outputs of the pruned ones before it; otherwise all
+            on the activations of the layer before any of them was pruned.
+        ridge: weight of the refit's ridge toward the weights as they are, as a share of the Hessian's mean diagonal.
     """
 
     refit: bool = False
@@ -97,14 +97,14 @@ class CompensationPlan:
 
 @dataclass(frozen=True)
 class RemovalPlan:
-    """Greedy removal: the target (SHED_TARGETS), the share of the layers in range, and what a pruned transition is."""
+    """Greedy removal: the target (REMOVAL_TARGETS), the share of the layers in range, and what a pruned transition is."""
 
     target: str
     sparsity: float
     transition: str = "zero"
 
     def __post_init__(self) -> None:
-        require_known("shed_target", self.target, SHED_TARGETS)
+        require_known("shed_target", self.target, REMOVAL_TARGETS)
 
     def steps(self, layers: int) -> int:
         return round(self.sparsity * layers)
@@ -112,7 +112,7 @@ class RemovalPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a run does: A_log, weights or both, what makes up for them, or whole parts; measured shares with allocate."""
+    """All that a run prunes: A_log, weights or both, with compensation, or whole parts; measured shares with allocate."""
 
     transitions: TransitionPlan | None = None
     weights: WeightPlan | None = None
@@ -144,7 +144,7 @@ def plan_of(options: Options, modules: tuple[str, ...]) -> Plan:
         weights = WeightPlan(
             pattern=pattern, rule=recipe.weights, modules=modules,
             alpha=options.alpha if recipe.allocation == "sensitivity" else 0.0, conv_hessian=options.conv_hessian,
-            percdamp=options.percdamp, blocksize=options.blocksize, polish=recipe.polish,
+            percdamp=options.percdamp, blocksize=options.blocksize, refine_steps=recipe.polish,
         )  # fmt: skip
     compensation = CompensationPlan(recipe.compensate == "out_proj", recipe.module_order == "sequential", options.ridge)
     return Plan(transitions, weights, compensation, recipe.allocation == "output")

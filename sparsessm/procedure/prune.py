@@ -17,7 +17,7 @@ from sparsessm.procedure.weights import PruneWeights, sensitive_shares
 
 
 def prune(job: Job, plan: Plan, windows: Tensor) -> RemovedParts:
-    """Does what a plan says; its masks by full name, True = pruned, and what was removed whole.
+    """Executes a plan; masks by full name, True = pruned, and what was removed whole.
 
     Args:
         windows: (n,L) token ids that the stream of the job is made of, all processes' windows.

@@ -2,9 +2,9 @@
 
 Each step runs the calibration windows through the model once and tries the removal of every block that is left from the
 stream that enters it: only the layers behind it are computed again, half the work of whole forward passes. Two residual
-streams exist at a time, that of the model as it is and that of the removal on trial. To keep the streams of all n layers
-for the next step would save no more than that one pass, 2/n of the work, for memory that grows with n. The model is never
-copied: a trial leaves a block out, or sets a few rows to zero and back.
+streams exist at a time, that of the model as it is and that of the removal on trial. Keeping the streams of all n layers
+for the next step would save only that one pass, 2/n of the work, for memory that grows with n. The model is never
+copied: a trial skips a block, or sets a few rows to zero and restores them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sparsessm.procedure.plan import RemovalPlan
 from sparsessm.pruning.methods import PRUNED_A_LOG
 from sparsessm.pruning.removal import greedy
 
-PHASE = "shed"  # as it is called in the files of a run folder
+PHASE = "shed"  # its name in the files of a run folder
 
 
 @dataclass
@@ -39,10 +39,10 @@ class RemovedParts:
     """What was removed.
 
     Attributes:
-        layers: blocks by their index in the model as it was, in the order of removal; none where SSM branches went.
+        layers: blocks by their index in the model as it was, in the order of removal; empty where SSM branches were removed.
         masks: of parameters that are still there, True = pruned, in the shape from before the run.
-        cuts: what was taken out of parameters.
-        gone: number of entries of each parameter that went with its block, by its name in the model as it was.
+        cuts: what was removed from parameters.
+        gone: number of entries of each parameter that was removed with its block, by its name in the model as it was.
     """
 
     layers: list[int] = field(default_factory=list)
@@ -95,7 +95,7 @@ def remove_parts(job: Job, windows: Tensor, plan: RemovalPlan) -> RemovedParts:
 
 
 def _fits(row: Any, candidates: Sequence[int], gone: Sequence[int]) -> bool:
-    """Whether a recorded step is (layer, perplexity) of a layer that was still there; no perplexity is an endless one."""
+    """Whether a recorded step is (layer, perplexity) of a layer that was left; no perplexity means infinite."""
     layer, value = row
     known = isinstance(layer, int) and layer in candidates and layer not in gone
     return known and (value is None or (isinstance(value, float) and value > 0))
@@ -106,12 +106,12 @@ def _step_name(step: int) -> str:
 
 
 def _position(layer: int, removed: Sequence[int]) -> int:
-    """Where a layer of the model as it was stands after the removal of others."""
+    """The present index of a layer of the original model, after the removal of others."""
     return layer - sum(gone < layer for gone in removed)
 
 
 def _output_rows(mixer: Mixer) -> list[Tensor]:
-    """The rows of parameters that make C. With C = 0 the scan puts out exactly D u, in every runtime."""
+    """The rows of parameters that make C. With C = 0 the output of the scan is exactly D u, in every runtime."""
     return [mixer.module.get_parameter(name).data[rows] for name, rows in mixer.silenced().items()]
 
 
@@ -128,7 +128,7 @@ def _without_ssm(mixer: Mixer) -> Iterator[None]:
 
 
 class _Trials:
-    """Takes the perplexity of the calibration windows with one block, or its SSM branch, left out."""
+    """Measures the perplexity of the calibration windows with one block, or its SSM branch, left out."""
 
     def __init__(self, job: Job, windows: Tensor, target: str) -> None:
         self.job, self.layout, self.target = job, job.layout, target
@@ -146,7 +146,7 @@ class _Trials:
                 found[layers[layer.index]] = self._try(layer)
                 self.job.report(PHASE, layers[layer.index])
                 if len(found) == len(layers):
-                    break  # what comes behind the last of them is of no interest
+                    break  # layers behind the last of them are not needed
         return found
 
     def _try(self, layer: Layer) -> float:
@@ -166,6 +166,6 @@ class _Trials:
         return math.exp(mean) if mean < 700 else math.inf
 
     def _finish(self, start: int) -> None:
-        """Takes the stream on trial from the layer `start` through all the rest."""
+        """Runs the stream on trial through the layer `start` and all after it."""
         for _ in each_layer(self.layout, self.stream, stop=0, start=start):
             pass

@@ -1,4 +1,4 @@
-"""How the weight of one module is pruned: a rule is a row. What a rule has to know of the inputs, it says itself."""
+"""How the weight of one module is pruned: a rule is a row. Each rule names the statistics of the inputs that it needs."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def _obs(problem: Problem) -> tuple[Tensor, Tensor]:
     elif problem.conv:  # (D,1,K): a problem for each channel
         W, gone = W.unsqueeze(1), None if gone is None else gone.unsqueeze(1)
     new, mask = prune_obs(W, H, problem.pattern, plan.blocksize, plan.percdamp, problem.name, gone)
-    if plan.polish:
-        new = refine(new, mask, W, H, plan.percdamp, plan.polish)
+    if plan.refine_steps:
+        new = refine(new, mask, W, H, plan.percdamp, plan.refine_steps)
     return (new.T, mask.T) if turned else (new, mask)
 
 
@@ -103,7 +103,7 @@ def _is_conv(weight: Tensor) -> bool:
 
 
 def observed(layer: Layer, modules: Iterable[str], plan: WeightPlan) -> dict[str, Tensor]:
-    """What the plan's rule has to see of the inputs of modules, by module; none where it looks at nothing."""
+    """The statistics of the inputs that the plan's rule needs, by module; none where it needs none."""
     made = {name: rule_of(plan).observes(layer, name, plan) for name in modules}
     seen = {name: sums for name, sums in made.items() if sums is not None}
     if seen:

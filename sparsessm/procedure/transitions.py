@@ -1,4 +1,4 @@
-"""Pruning A_log (section 3): scores of what the scan sees, aggregated over time, chosen by a pattern."""
+"""Pruning A_log (section 3): scores from scan statistics, aggregated over time, chosen by a pattern."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparsessm.pruning.search import select
 
 
 class PruneTransitions(Change):
-    """Prunes the transitions of each layer on what the pruned layers before it put out."""
+    """Prunes the transitions of each layer on the outputs of the pruned layers before it."""
 
     name = "ssm"
 
@@ -56,7 +56,7 @@ def expected_of(layer: Layer, plan: TransitionPlan) -> tuple[Shapes, Shapes]:
 
 
 def shaped(layer: Layer, plan: TransitionPlan) -> Layer:
-    """A layer in which parameters have the shapes that they will have after the plan; what it holds is of no use."""
+    """A layer in which parameters have the shapes that they will have after the plan; its values have no meaning."""
     if not plan.pattern.removes:
         return layer
     later = layer.copy(copy.deepcopy(layer.module))
@@ -72,15 +72,15 @@ def restore_values(layer: Layer, values: Masks) -> None:
 
 
 def choose_transitions(layer: Layer, plan: TransitionPlan) -> Tensor:
-    """What goes of A_log, bool in the shape of the scores (rows,cols). Where A_log is solved, the solution is written."""
+    """The entries of A_log to prune, bool, shape of the scores (rows,cols). If A_log is solved, the solution is written."""
     with naming(layer.full_name("A_log")):
         return _solve(layer, plan) if plan.obs else _choose(layer, plan)
 
 
 def apply_choice(layer: Layer, choice: Tensor, plan: TransitionPlan) -> tuple[Masks, Masks]:
-    """Makes of a layer what the plan says that pruned transitions are, or takes whole structures out.
+    """Writes the plan's value of pruned transitions to a layer, or removes whole structures.
 
-    Returns the mask of A_log, and masks of what was taken out (see Outcome); one of both is empty.
+    Returns the mask of A_log, and masks of what was removed (see Outcome); one of both is empty.
 
     Entries that were pruned before this run stay as they are.
     """
@@ -94,7 +94,7 @@ def apply_choice(layer: Layer, choice: Tensor, plan: TransitionPlan) -> tuple[Ma
 
 @contextmanager
 def naming(parameter: str) -> Iterator[None]:
-    """Says of a computation without a result which parameter it was for."""
+    """Adds the name of the parameter to a NumericalError."""
     try:
         yield
     except NumericalError as error:
@@ -121,7 +121,7 @@ def _choose(layer: Layer, plan: TransitionPlan) -> Tensor:
 
 
 def output_gram(layer: Layer, plan: TransitionPlan) -> Tensor:
-    """G (groups,cols,cols): what the layer's output loses with the entries of each group, pruned as the plan says."""
+    """G (groups,cols,cols): what the layer's output loses with the entries of each group, for the plan's transition."""
     effect = "removed" if plan.pattern.removes else plan.transition
     sums = layer.scan_statistics(("gram",), effect, plan.structure)
     gram: Any = sum(statistics.gram for _, statistics in sums)

@@ -1,4 +1,4 @@
-"""Pruning linear and conv1d weights (sections 3.4 and 4): sparsities from sensitivities, then OBS or a peer of it."""
+"""Pruning linear and conv1d weights (sections 3.4 and 4): sparsities from sensitivities, then OBS or a baseline."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MeasureSensitivity(Measurement):
 
 
 class PruneWeights(Change):
-    """Pass 2: prunes the modules of each layer on what the pruned layers before it put out."""
+    """Pass 2: prunes the modules of each layer on the outputs of the pruned layers before it."""
 
     name = "layers"
 

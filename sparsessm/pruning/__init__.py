@@ -1,1 +1,1 @@
-"""The mathematics of pruning: tensors in, tensors out; knows no model, no file and no flag."""
+"""The mathematics of pruning: tensors in, tensors out; no models, files or flags."""

@@ -1,6 +1,6 @@
 """From a score at every time step to one score per entry.
 
-`vote` (SparseSSM, algorithm 1): at each step the pattern chooses, and the entries chosen most often go. The others are
+`vote` (SparseSSM, algorithm 1): at each step the pattern chooses; the entries chosen most often are pruned. The others are
 weighted sums over time, sum_t w_t S[t] with sum_t w_t = 1. Scores arrive in pieces of a window, in order, so that
 (L,D,N) never has to exist at once.
 """
@@ -69,7 +69,7 @@ class Aggregator:
             scores = scores[1:]  # no state enters the first step: every score is zero there, and it has no vote
         rows = max(1, _VOTE_ELEMENTS // scores.shape[1:].numel())
         for piece in scores.split(rows):
-            # float32 is what a score is accurate to; in it equal scores are equal, and ties go by index
+            # float32 is what a score is accurate to; in it equal scores are equal, and the index breaks ties
             gone = None if self.gone is None else self.gone.expand(piece.shape)
             self.total = self.total - self.pattern.choose(piece.float(), gone).sum(0, dtype=torch.float32)
 
@@ -78,5 +78,5 @@ class Aggregator:
         return self.total.float()
 
     def mask(self) -> Tensor:
-        """(D,N): what the pattern makes of the scores; of whole columns, what is gone has been taken into account."""
+        """(D,N): what the pattern makes of the scores; of whole columns, entries pruned before are already counted."""
         return self.pattern.choose(self.scores(), None if self.pattern.removes else self.gone)

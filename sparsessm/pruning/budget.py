@@ -1,4 +1,4 @@
-"""A budget for the whole model: how much each part gives, so that the errors of all parts add up to the least."""
+"""A budget for the whole model: the sparsity of each part, so that the sum of the errors of all parts is smallest."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def error_curve(errors: Sequence[float]) -> np.ndarray:
 def budget(parts: Mapping[Part, tuple[int, Sequence[float]]], sparsity: float) -> dict[Part, float]:
     """Sparsities of parts of (size, errors at MEASURED_AT) whose mean by size is `sparsity`.
 
-    Each part gives between p/2 and (1+p)/2: errors measured one part at a time say little about a model in which one
-    part is gone. Each curve is replaced by its lower convex hull there; then every part is at the same slope, error per
-    entry (Lagrange), but for the last that moved.
+    Each part gives between p/2 and (1+p)/2: errors measured one part at a time say little about a model without one
+    part. Each curve is replaced by its lower convex hull there; then every part is at the same slope, error per
+    entry (Lagrange), except the last that moved.
     """
     lowest, highest = math.ceil(sparsity / 2 / _STEP - 1e-9), math.floor((1 + sparsity) / 2 / _STEP + 1e-9)
     left = sparsity * sum(size for size, _ in parts.values())
@@ -59,7 +59,7 @@ def budget(parts: Mapping[Part, tuple[int, Sequence[float]]], sparsity: float) -
 
 
 def in_whole_entries(sizes: Mapping[Part, int], shares: Mapping[Part, float]) -> dict[Part, float]:
-    """Shares such that what is rounded in each part adds up to what all were to give, but for a thousandth of all.
+    """Shares whose rounded counts add up to the number of entries to prune, to a thousandth of all.
 
     Parts that have a handful of entries each miss it by far. Those whose rounding went farthest the wrong way then give one
     entry more or less.

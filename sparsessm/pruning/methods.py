@@ -1,6 +1,6 @@
-"""The named methods, each as data, and the names that a command line may say; imports nothing, so that --help is quick.
+"""The named methods, as data, and the values of command-line flags; imports nothing, so that --help is quick.
 
-What these tables do not know is refused. A new saliency is a function and a row in `saliency.SALIENCIES`, a new method a row
+Other names are errors. A new saliency is a function and a row in `saliency.SALIENCIES`, a new method a row
 here.
 """
 
@@ -17,7 +17,7 @@ CONV_HESSIANS = ("tap", "channel")
 ALLOCATIONS = ("uniform", "sensitivity", "output")
 MODULE_ORDERS = ("parallel", "sequential")
 COMPENSATIONS = ("none", "out_proj")
-SHED_TARGETS = ("ssm", "mamba_block")
+REMOVAL_TARGETS = ("ssm", "mamba_block")
 
 # What a pruned entry of A_log is set to. zero: exp(-dt exp(30)) is 0 for every time step above 1e-11, in every runtime,
 # so the state has no transition. unit: A = -1.
@@ -31,9 +31,9 @@ class Method:
     Attributes:
         saliency, aggregate: keys of SALIENCIES and AGGREGATES; both None where A_log is not scored.
         obs_on_A_log: A_log is solved by OBS as a matrix (rows,cols) instead.
-        structure: of STRUCTURES; all but "entries" are taken out whole. needs_n_of_m: prunen and prunem are required.
+        structure: of STRUCTURES; all but "entries" are removed whole. needs_n_of_m: prunen and prunem are required.
         weights: of procedure.rules.RULES; None where the method has none.
-        search: of SEARCHES, for a saliency that knows how entries interact.
+        search: of SEARCHES, for a saliency of interacting entries.
         polish: iterations of refinement after OBS. module_order, compensate: see procedure.plan.CompensationPlan.
         allocation: "uniform", "sensitivity" (spread by alpha), "output" (by measured errors).
         removes_parts: whole SSM branches or blocks are removed greedily instead of all of the above.
@@ -80,7 +80,7 @@ METHODS = {
     "sparsegpt": _OBS_EVERYWHERE,
     "wanda": Method("abs(W) times the norm of its input, per output row", weights="wanda"),
     "sparsessm_obs": Method(
-        "what the block's output loses, greedily; the rest makes up for it: OBS module by module, out_proj refitted",
+        "what the block's output loses, greedily; the rest compensates: OBS module by module, out_proj refitted",
         "output", "sum", search="greedy", weights="obs", polish=20, module_order="sequential", compensate="out_proj",
         allocation="output",
     ),

@@ -1,4 +1,4 @@
-"""Optimal brain surgeon in blocks of columns (Frantar and Alistarh 2023, SparseGPT, algorithm 1), and its simple peers.
+"""Optimal brain surgeon in blocks of columns (Frantar and Alistarh 2023, SparseGPT, algorithm 1), and two baselines.
 
 A matrix W (rows,cols) whose module saw inputs X (cols,tokens) has the layer-wise loss |W X - W' X|^2 and the Hessian
 H = (2/n) X X^T for each of its rows. Leading dimensions are independent problems solved as one batch: the K weights of
@@ -59,14 +59,14 @@ def prune_obs(
     name: str = "weight",
     gone: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Prunes W column by column and lets the columns to the right make up for it.
+    """Prunes W column by column; the columns to the right compensate.
 
     Args:
         W: (rows,cols) or (G,rows,cols). H: (cols,cols) or (G,cols,cols), in the dtype to compute in.
         pattern: chooses in each block of columns, over all rows and all G, by w^2 / U_ii^2; one with groups at the
             first column of each group, from the weights as updated by then.
         blocksize: columns per block, a multiple of the pattern's group. percdamp: see inverse_factor. name: for messages.
-        gone: bool in the shape of W, entries that were pruned before: they are zero and stay it.
+        gone: bool in the shape of W, entries that were pruned before: they are zero and stay zero.
 
     Returns:
         The new weights and the mask (True = pruned), in the shape of W; pruned weights are exactly zero.
@@ -119,13 +119,13 @@ def prune_obs(
 def refine(
     new: Tensor, mask: Tensor, W: Tensor, H: Tensor, percdamp: float = 0.01, iterations: int = 20
 ) -> Tensor:
-    """The weights that stay, moved toward the optimum for the mask: argmin |(W - V) X|^2 over V that is zero in the mask.
+    """The remaining weights, moved toward the optimum for the mask: argmin |(W - V) X|^2 over V that is zero in the mask.
 
     OBS decides and compensates column by column, so its weights are not the best for the mask that it ends with. This
     is the conjugate gradient method with a diagonal preconditioner on all rows at once (as in ALPS, Meng et al. 2024).
 
     Args:
-        new: where to start, (rows,cols) or (G,rows,cols), zero in the mask. W: the weights to stand in for.
+        new: where to start, (rows,cols) or (G,rows,cols), zero in the mask. W: the weights to approximate.
         H, percdamp: as in prune_obs, (cols,cols) or (G,cols,cols).
     """
     H = H + percdamp * H.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(H.shape[-1], device=H.device)
@@ -135,7 +135,7 @@ def refine(
     residual = ((W.to(H.dtype) - V) @ H) * keep
     direction = residual / scale
     rest = (residual * direction).sum(-1, keepdim=True)  # of each row
-    enough = rest * torch.finfo(H.dtype).eps ** 2  # what is left of it then is rounding, and no direction to go on in
+    enough = rest * torch.finfo(H.dtype).eps ** 2  # below that only rounding is left, and no direction to continue in
     for _ in range(iterations):
         image = (direction @ H) * keep
         step = rest / (direction * image).sum(-1, keepdim=True).clamp_min(torch.finfo(H.dtype).tiny)

@@ -1,7 +1,7 @@
-"""Which entries a score condemns: the lowest, as each pattern asks. All take any number of leading dimensions.
+"""Which entries are pruned: the lowest scores, as each pattern asks. All take any number of leading dimensions.
 
-A pattern answers for itself: how much goes, whether entries compete in groups, whether whole columns are taken out, whether
-parts of a model may have shares of their own. Ties break toward the lower flat index, on every device.
+A pattern defines the share, whether entries compete in groups, whether whole columns are removed, and whether
+parts of a model may have different shares. Ties break toward the lower flat index, on every device.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def lowest(scores: Tensor, k: int) -> Tensor:
     threshold = _kth_lowest(scores, k)
     chosen = scores <= threshold
     extra = chosen.sum(-1, dtype=torch.int64) > k
-    if extra.any():  # more equals at the threshold than there is room for: the first of them in index order
+    if extra.any():  # more ties at the threshold than are needed: the first of them in index order
         rows, limit = scores[extra], threshold[extra]
         below, tied = rows < limit, rows == limit
-        room = k - below.sum(-1, keepdim=True)
-        chosen[extra] = below | (tied & (tied.cumsum(-1) <= room))
+        needed = k - below.sum(-1, keepdim=True)
+        chosen[extra] = below | (tied & (tied.cumsum(-1) <= needed))
     return chosen
 
 
@@ -59,12 +59,12 @@ def _kth_lowest(scores: Tensor, k: int) -> Tensor:
 
 
 class Pattern(ABC):
-    """How much of a matrix goes, and by which rule.
+    """How much of a matrix is pruned, and by which rule.
 
     Attributes:
-        sparsity: share of entries. group: entries compete within groups of so many consecutive columns, None for all.
-        removes: the structure that is taken out whole ("columns", "heads"), None where entries are pruned in place.
-        spreads: whether parts may have shares of their own.
+        sparsity: share of entries. group: entries compete within groups of this number of consecutive columns, None for all.
+        removes: the structure that is removed whole ("columns", "heads"), None where entries are pruned in place.
+        spreads: whether parts may have different shares.
     """
 
     sparsity: float
@@ -77,14 +77,14 @@ class Pattern(ABC):
         """scores (...,rows,cols) -> bool mask of the same shape, True = pruned."""
 
     def choose(self, scores: Tensor, gone: Tensor | None = None) -> Tensor:
-        """The mask in which all that was gone before stays: it counts, and is chosen first.
+        """The mask in which all entries pruned before stay: they count, and are chosen first.
 
         gone: bool, in the shape of the scores.
         """
         return self(scores) if gone is None else self(scores.masked_fill(gone, -math.inf)) | gone
 
     def per_row(self) -> Pattern:
-        """The pattern with each row as a comparison group of its own (Wanda)."""
+        """The pattern with each row as a separate comparison group (Wanda)."""
         return self
 
     def share(self, sparsity: float | None) -> Pattern:
@@ -92,13 +92,13 @@ class Pattern(ABC):
         return self
 
     def within(self, groups: int, cols: int) -> Pattern:
-        """The pattern where columns fall into groups that must lose alike."""
+        """The pattern where columns fall into groups that must lose the same number."""
         return self
 
     def spread_rest(self, gone: Tensor | None, part: Tensor | None) -> Pattern:
-        """The pattern for a part of a matrix, so that the whole ends with its share although some is gone before.
+        """The pattern for a part of a matrix, so that the whole ends with its share although some was pruned before.
 
-        What is still to go is spread evenly over what is still there.
+        The rest to prune is spread evenly over the entries that are left.
 
         Args:
             gone: of the whole matrix. part: of the part, a view into it.
@@ -176,5 +176,5 @@ class Columns(Pattern):
         return self if groups == 1 else NofM(round(self.sparsity * cols) // groups, cols // groups)
 
     def choose(self, scores: Tensor, gone: Tensor | None = None) -> Tensor:
-        """What is gone adds nothing to the price of a column."""
+        """Entries pruned before add nothing to the score of a column."""
         return self(scores if gone is None else scores.masked_fill(gone, 0))

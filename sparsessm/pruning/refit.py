@@ -1,4 +1,4 @@
-"""Least squares for the weights that stay: what a module's output should have been, from the inputs that it now gets."""
+"""Least squares for the remaining weights: from a module's present inputs to the output that it should have."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""Greedy removal, the search of Mamba-Shedder (arXiv 2501.17088): the part that is missed least goes, then the next."""
+"""Greedy removal, the search of Mamba-Shedder (arXiv 2501.17088): the part with the lowest cost goes, then the next."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-# cost(removed, left): what is to pay for removing each of `left` alone, on top of those already removed.
+# cost(removed, left): the cost of removing each of `left` alone, in addition to those already removed.
 Cost = Callable[[tuple[int, ...], tuple[int, ...]], Mapping[int, float]]
 
 
 def greedy(candidates: Sequence[int], cost: Cost, steps: int, done: Sequence[int] = ()) -> Iterator[tuple[int, float]]:
-    """Removes the candidate with the lowest cost, of equals the lowest one, until `steps` are gone.
+    """Removes the candidate with the lowest cost, of equals the lowest one, until `steps` are removed.
 
     Yields (candidate, cost) of each removal before the costs of the next are asked for.
 

@@ -1,7 +1,7 @@
 """How much an entry of A_log matters at each time step: S (T,rows,cols), low means prunable.
 
 A new criterion is one function and one row in SALIENCIES, or a call of `register_saliency`; the command line, every pattern
-and every aggregate take it from there.
+and every aggregate use it from there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the names are wanted for --help, which does not wait for torch
+if TYPE_CHECKING:  # --help needs the names and does not wait for torch
     from torch import Tensor
 
 # Sums over the calibration windows that a score may need, by name; (T,rows,cols) each.
@@ -37,7 +37,7 @@ class Saliency:
     interacts: bool = False
 
     def __call__(self, A_log: Tensor, statistics: Any) -> Tensor:
-        """The scores from an object that has the sums as attributes."""
+        """The scores for an object that has the sums as attributes."""
         assert self.score is not None  # those that interact are searched
         return self.score(A_log, **{name: getattr(statistics, name) for name in self.needs})
 
@@ -72,7 +72,7 @@ SALIENCIES = {
 def register_saliency(
     name: str, score: Callable[..., Tensor], needs: tuple[str, ...] = (), *, source: str = "registered"
 ) -> None:
-    """Adds a criterion, which every pattern, aggregate, method and table then takes by its name.
+    """Adds a criterion, which can then be used by its name with every pattern, aggregate and method.
 
     Args:
         score: of A_log (rows,cols) and the sums in `needs` by their names, (T,rows,cols) each; returns (T,rows,cols), or
@@ -85,7 +85,7 @@ def register_saliency(
     """
     unknown = sorted(set(needs) - NEEDS.keys())
     if name in SALIENCIES or not name.isidentifier():
-        raise ValueError(f"{name!r} cannot name a saliency: it is taken, or no plain word")
+        raise ValueError(f"{name!r} cannot name a saliency: it is taken, or is not an identifier")
     if unknown:
         raise ValueError(f"unknown sums {', '.join(unknown)}, known are {', '.join(NEEDS)}")
     SALIENCIES[name] = Saliency(score, tuple(needs), source)

@@ -1,4 +1,4 @@
-"""Which entries of A_log to prune when entries interact: sets chosen by what a channel's output loses together.
+"""Which entries of A_log to prune when entries interact: sets chosen by their joint error at a channel's output.
 
 G (D,N,N) is, per channel, the sum of e e^T over samples and steps, where e (N,) is what the gated output loses with each
 state pruned alone (`ScanStatistics.gram`). A set S of a channel costs 1^T G_SS 1: the squared error that the channel makes
@@ -20,7 +20,7 @@ from sparsessm.pruning.patterns import Columns, Pattern
 # Sets that are tried one by one where whole columns are chosen: those of 8 among 16 states are 12,870.
 _MOST_SETS = 200_000
 _ROUNDS = 50
-# All 2^N sets of a channel are looked at up to this N; numbers held at once while doing so.
+# All 2^N sets of a channel are tried up to this N; numbers held at once for that.
 _MOST_STATES = 16
 _SETS_AT_ONCE = 1 << 24
 
@@ -56,7 +56,7 @@ def select(G: Tensor, pattern: Pattern, search: str = "greedy", gone: Tensor | N
 
 
 def _select_rest(G: Tensor, pattern: Pattern, search: str, gone: Tensor) -> Tensor:
-    """`select` where entries are gone: they are given a negative cost of their own that no other entry can beat."""
+    """`select` where entries were pruned before: they get a negative cost, lower than that of any other entry."""
     alive = ~gone
     G = G * (alive[:, :, None] & alive[:, None, :])
     # far below any sum of what is left, and small enough for that sum to keep its digits
@@ -157,7 +157,7 @@ def _all_costs(G: Tensor) -> Tensor:
 def _sizes(cost: Tensor, total: int) -> Tensor:
     """How many entries each channel gives, (D,) with sum `total`: cost (D,N+1) of its best set of each size.
 
-    Steps along the lower convex hulls are taken from the cheapest on; what is then missing goes one by one.
+    Steps along the lower convex hulls are taken from the cheapest on; the rest follows one by one.
     """
     size = [0] * len(cost)
     steps = []
@@ -216,7 +216,7 @@ def _leave_join(G: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _swap_between(G: Tensor, mask: Tensor) -> None:
-    """One entry leaves a channel where it is dear and one joins in another where it is cheap, for many pairs at once."""
+    """One entry leaves a channel where its cost is high and one joins another where it is low, for many pairs at once."""
     leave, join = _leave_join(G, mask)
     saved, out = leave.masked_fill(~mask, -math.inf).max(-1)
     spent, into = join.masked_fill(mask, math.inf).min(-1)

@@ -1,4 +1,4 @@
-"""What each picture shows, as data: svg.py draws it for the page, plots.py with matplotlib for a paper."""
+"""The content of each figure, as data: svg.py draws it for the page, plots.py with matplotlib for a paper."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MASK_COLUMNS = 384
 # A share that differs by less than this from layer to layer is one share, up to rounding.
 _SAME_SHARE = 1e-3
 
-# Options that do not make another curve: where and how fast, what is drawn otherwise, and the seed, which is averaged.
+# Options that do not make another curve: paths and speed, those drawn in another way, and the seed, which is averaged.
 _NO_VARIANT = frozenset(
     "model method sparsity prunen prunem prune_A prune_layers seqlen seed data_dir ppl_datasets raw_zeros device offload "
     "memory_budget calib_batch experiment_name base_dir".split()
@@ -258,7 +258,7 @@ def share_map(record: Record) -> HeatMap | str | None:
 
 
 def state_map(record: Record) -> HeatMap | None:
-    """Pruned share of A_log by layer and state, or head; whatever there is more of goes across."""
+    """Pruned share of A_log by layer and state, or head; the longer axis is horizontal."""
     if record.removes_parts or not record.layers_with_masks:
         return None
     masks = record.masks()

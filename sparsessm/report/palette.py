@@ -1,6 +1,6 @@
 """Colours, markers and dashes of the pictures: a method looks the same wherever it is drawn.
 
-Nothing is told by colour alone: series differ in marker and dash as well, and carry their names. The hues are chosen to
+Nothing is shown by colour alone: series differ in marker and dash as well, and have their names. The hues are chosen to
 keep apart under the three colour blindnesses, and each has a contrast of 3 or more on its ground (tests/report).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
-# By colour index; the last is for what is no method. DARK stands on the dark ground.
+# By colour index; the last is for series that are not methods. DARK stands on the dark ground.
 LIGHT = ("#1b66e0", "#cb741b", "#0f9a5c", "#451090", "#5e4a0c", "#700f35", "#66717b")
 DARK = ("#4a80c4", "#e08a3e", "#3fe39a", "#9650ea", "#ecd02f", "#d8345f", "#a9b4bf")
 
@@ -66,5 +66,5 @@ def method_style(method: str, variant: int = 0) -> Style:
 
 
 def plain_style(index: int) -> Style:
-    """Styles for series that are no methods."""
+    """Styles for series that are not methods."""
     return Style(index % 6, index % len(MARKERS), index % len(DASHES))

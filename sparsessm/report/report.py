@@ -157,8 +157,8 @@ def _leads() -> dict[str, str]:
     text = {
         "results": "A row a run; its number leads to its pictures. A click on a column’s head sorts by it. The filters "
         "hold for every part below that lists single runs.",
-        "perplexity": "Lower is better. Every marker is a run; lines go through the mean of runs that differ in the seed "
-        "alone. Figures share a picture only if they were taken on the same windows.",
+        "perplexity": "Lower is better. Every marker is a run; lines connect the means of runs that differ in the seed "
+        "alone. Figures share a chart only if they were measured on the same windows.",
         "states": "The share of the channels in which A_log was pruned, by index of the state (of Mamba-2: the share of the "
         "layers, by index of the head). A level line means that none is preferred.",
         "sensitivity": "s = Σ H<sub>ii</sub>² / columns, from the inputs of each module before weights are pruned. The "
@@ -167,7 +167,7 @@ def _leads() -> dict[str, str]:
         "first has one vote. What lies below a ten-thousandth of the even weight is not drawn.",
         "cost": "Seconds of each phase, and the peak of memory so far when the phase had ended. Of a resumed run: of the "
         "process that ended it.",
-        "runs": "What each run pruned, layer by layer, and the command that starts it anew."
+        "runs": "What each run pruned, layer by layer, and the command that repeats it."
         '<span class="screen"> Only runs that are open are printed.</span>',
     }
     return {key: f'<p class="lead">{words}</p>' for key, words in text.items()}
@@ -192,9 +192,9 @@ def _gallery(charts: Sequence[figures.LineChart], folded: int | None = None) -> 
 
 
 def _perplexity(records: Sequence[Record]) -> str:
-    endless = [record for record in records if not all(map(math.isfinite, record.perplexity.values()))]
-    names = ", ".join(record.name for record in endless)
-    note = f'<p class="small">Not drawn, for it is no finite number: {_words(names)}</p>' if endless else ""
+    infinite = [record for record in records if not all(map(math.isfinite, record.perplexity.values()))]
+    names = ", ".join(record.name for record in infinite)
+    note = f'<p class="small">Not drawn, because it is not finite: {_words(names)}</p>' if infinite else ""
     return _gallery(figures.perplexity_charts(records)) + note
 
 

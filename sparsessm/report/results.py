@@ -92,7 +92,7 @@ class Record:
 
     @property
     def removes_parts(self) -> bool:
-        """Whether whole layers or their SSMs went, so that there is no choice of entries to look at."""
+        """Whether whole layers or their SSMs were removed, so that there is no choice of entries to show."""
         method = METHODS.get(self.options["method"])
         return method is not None and method.removes_parts
 
@@ -148,7 +148,7 @@ class Record:
         for event in self.events:
             if event.get("event") == "phase" and isinstance(event.get("peak_memory_bytes"), dict):
                 if event.get("phase") == "load":
-                    found.clear()  # a resumed run begins anew, in another process
+                    found.clear()  # a resumed run starts again, in another process
                 peaks = {where: peak for where, peak in event["peak_memory_bytes"].items() if _is_number(peak)}
                 found[str(event.get("phase"))] = peaks
         return found
@@ -167,7 +167,7 @@ class Record:
 
     @property
     def command(self) -> str:
-        """The words after `python` that start this run anew, without what only says where things go."""
+        """The arguments after `python` that repeat this run, without paths of outputs."""
         words = ["main.py", self.model, str(self.options.get("dataset"))]
         for name, value in self.options.items():
             if name not in _DEFAULTS or name in ("model", "dataset", *PLACES) or value is None:
@@ -188,7 +188,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Runs:
-    """What lies below a folder: runs that finished, names of those that did not, and (name, reason) of damaged ones."""
+    """The runs below a folder: records of finished ones, names of unfinished ones, and (name, reason) of damaged ones."""
 
     finished: list[Record]
     unfinished: list[str]
@@ -202,7 +202,7 @@ def read_runs(experiments: Path) -> Runs:
         InputError: there is no such folder, or a part of it cannot be listed.
     """
     if not experiments.is_dir():
-        raise InputError(f"{experiments} is no folder: give the folder of experiments (--base_dir of the runs)")
+        raise InputError(f"{experiments} is not a folder: give the folder of experiments (--base_dir of the runs)")
     runs = Runs([], [], [])
     for path, folders, files in os.walk(experiments, onerror=_cannot_list):
         folders.sort()
@@ -226,19 +226,19 @@ def read_run(folder: Path, name: str | None = None) -> Record:
     """One finished run; name: what to call it (default: the last two parts of its path).
 
     Raises:
-        InputError: a file of it is missing or does not hold what it should.
+        InputError: a file of it is missing or does not have the expected content.
     """
     options = _read_json(folder / "options.json")
     metrics = _read_json(folder / "metrics.json")
     _check_options(options)
     metrics = {"zero_shot": {}, "dense_perplexity": {}, "versions": {}, **metrics}
-    for key in ("perplexity", "dense_perplexity"):  # null stands for a figure beyond any number
+    for key in ("perplexity", "dense_perplexity"):  # null stands for an infinite figure
         if isinstance(metrics.get(key), dict):
             metrics[key] = {name: math.inf if value is None else value for name, value in metrics[key].items()}
     for key in ("perplexity", "dense_perplexity", "sparsity", "seconds", "peak_memory_bytes"):
-        can_be_endless = key.endswith("perplexity")
+        may_be_infinite = key.endswith("perplexity")
         known = isinstance(metrics.get(key), dict) and all(map(_is_number, metrics[key].values()))
-        if not known or not (can_be_endless or all(map(math.isfinite, metrics[key].values()))):
+        if not known or not (may_be_infinite or all(map(math.isfinite, metrics[key].values()))):
             raise InputError(f"metrics.json: {key} should hold numbers by name")
     for key in ("zero_shot", "versions"):
         if not isinstance(metrics[key], dict):
@@ -324,7 +324,7 @@ def _read_mask_names(path: Path) -> dict[int, str]:
     found = {}
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (the file itself cannot be gone through)
+            for name in file.keys():  # noqa: SIM118  (the file itself is not iterable)
                 place, view = _PARAMETER.search(name), file.get_slice(name)
                 shape = view.get_shape()
                 if place and place[2] == "A_log" and view.get_dtype() == "BOOL" and len(shape) in (1, 2) and all(shape):

@@ -1,4 +1,4 @@
-"""The pictures of figures.py as SVG inside a page. Colours are classes, so that the page's style has the say in them."""
+"""The pictures of figures.py as SVG inside a page. Colours are classes, so that the page's style sets them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARGIN_LEFT, _MARGIN_TOP, _MARGIN_BOTTOM = 66, 14, 44
 _LABEL_STEP = 16  # between the baselines of two labels
 _LONGEST, _LONGEST_ROW = 64, 24  # letters of a name of a line, of a row
 _STRIPS = 12  # of a mask map that stand in one column
-_CELLS = 400  # of a map of shares; one with more is an image without numbers, for each cell weighs some 250 bytes
+_CELLS = 400  # of a map of shares; one with more is an image without numbers, as a cell takes some 250 bytes
 
 # Outlines of the markers around (0,0).
 _SHAPES = {
@@ -106,7 +106,7 @@ def line_chart(chart: LineChart) -> str:
 
 
 def heat_map(table: HeatMap) -> str:
-    """Cells as deep as their share, numbered where there is room; below, what the lightest and the deepest mean."""
+    """Cells as dark as their share, with numbers where they fit; below, a key for the lightest and the darkest."""
     values = [value for row in table.values for value in row if value is not None]
     low, high = math.floor(min(values) * 100 + 1e-9) / 100, math.ceil(max(values) * 100 - 1e-9) / 100
     left = 12 + _LETTER * min(max(map(len, (table.row_label, *table.rows))), _LONGEST_ROW)
@@ -261,7 +261,7 @@ def _names_above(ends: Sequence[tuple[float, float, Style | None, str]]) -> list
 
 
 def _told(chart: LineChart) -> str:
-    """The chart in words, for those who do not see it."""
+    """The chart as text, for screen readers."""
     said = []
     for line in chart.series:
         points = line.line if len(line.line) <= 8 else (line.line[0], line.line[-1])
@@ -298,7 +298,7 @@ def _scale(
 
 
 def _apart(values: Sequence[float]) -> bool:
-    """Whether neighbours of these sorted values leave room for their names."""
+    """Whether there is space between neighbours of these sorted values for their names."""
     return all(b - a > 0.14 * (values[-1] - values[0]) for a, b in itertools.pairwise(values))
 
 

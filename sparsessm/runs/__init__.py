@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, its table row, and its page on Weights & Biases."""
+"""The records of a run: its folder, its table row, and its page on Weights & Biases."""

@@ -1,4 +1,4 @@
-"""Many runs of the command as one job: what is done is not done again, what broke off goes on, what fails stops nothing.
+"""Many runs of the command as one job: finished runs are not repeated, interrupted ones resume, a failure stops nothing.
 
 A cell is one run. Its runs lie under BASE_DIR/NAME/, where NAME follows from its options, so that every table and sweep
 that asks for the same run finds it there. The run folders are the only memory of a job: a cell is done when one of them
@@ -46,7 +46,7 @@ _ENDING = ((signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 60.0))
 
 
 class Stopped(Exception):
-    """The job was told to stop by a signal; its runs have been ended, and the next call goes on with them."""
+    """The job was told to stop by a signal; its runs have been ended, and the next call continues them."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -54,7 +54,7 @@ class Stopped(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """The scripts' parser: what is wrong with their words is an InputError, one line like any other."""
+    """The scripts' parser: a mistake in their arguments is an InputError, one line like any other."""
 
     def __init__(self, about: str) -> None:
         super().__init__(
@@ -70,28 +70,28 @@ class Cell:
     """One run of the command.
 
     Attributes:
-        label: what a person calls it. words: MODEL, DATASET and flags as main.py takes them, without places.
+        label: a name for people. argv: MODEL, DATASET and flags as main.py takes them, without places.
     """
 
     label: str
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
 
     @cached_property
     def refusal(self) -> str | None:
-        """Why main.py would refuse the words, or None; where it would, the properties below raise InputError."""
+        """Why main.py would refuse argv, or None; where it would, the properties below raise InputError."""
         try:
-            options.parse(self.words)
+            options.parse(self.argv)
         except InputError as error:
             return str(error)
         return None
 
     @cached_property
     def options(self) -> Options:
-        return options.parse(self.words)[0]
+        return options.parse(self.argv)[0]
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What is done, as options.json has it: all options but the places."""
+        """The settings, as in options.json: all options but the paths."""
         return _settings(dataclasses.asdict(self.options))
 
     @cached_property
@@ -107,8 +107,8 @@ class Cell:
         return f"{model}-{self.options.method or 'dense'}-{digest}"
 
     def command(self, base_dir: Path) -> list[str]:
-        """The words that start this run from nothing."""
-        return [*self.words, "--base_dir", str(base_dir), "--experiment_name", self.name]
+        """The arguments that start this run from the beginning."""
+        return [*self.argv, "--base_dir", str(base_dir), "--experiment_name", self.name]
 
 
 def resolved(name: str, *, reserved: Sequence[str] = ()) -> str:
@@ -132,7 +132,7 @@ def finished(cell: Cell, base_dir: Path) -> Path | None:
 
 
 def interrupted(cell: Cell, base_dir: Path) -> Path | None:
-    """The newest run of a cell that broke off and that this version can go on with, or None."""
+    """The newest run of a cell that was interrupted and that this version can resume, or None."""
     known = {spec.name for spec in dataclasses.fields(Options)}
     return next((folder for folder, record in _runs(cell, base_dir) if record.keys() == known), None)
 
@@ -145,11 +145,11 @@ def fill(
     devices: Sequence[str] | None = None,
     group: str | None = None,
 ) -> dict[Cell, str]:
-    """Runs what is not done; returns the cells that failed, each with its reason in one line.
+    """Runs the cells that are not finished; returns those that failed, each with its reason in one line.
 
     Args:
         workers: runs at a time.
-        devices: what CUDA_VISIBLE_DEVICES shall say for the first worker, the second, and so on around; None takes
+        devices: CUDA_VISIBLE_DEVICES for the first worker, the second, and so on around; None takes
             the GPUs that are there. Without any, workers share the cores.
         group: the runs' group on wandb, where WANDB_RUN_GROUP does not say otherwise.
 
@@ -200,10 +200,10 @@ class _Job:
         self.queue = deque({cell.name: cell for cell in self.able}.values())  # two tables may ask for the same run
         self.running: dict[int, _Child] = {}
         self.failed: dict[str, str] = {}  # by the cells' names
-        self.stale: set[str] = set()  # names of cells whose broken-off run could not go on
+        self.stale: set[str] = set()  # names of cells whose interrupted run could not be resumed
         self.signal: int | None = None
         self.said = ""
-        # quiet when nobody watches
+        # no bar without a terminal
         self.bar = tqdm(total=len(self.queue), unit="cell", disable=not sys.stderr.isatty())
 
     def run(self) -> dict[Cell, str]:
@@ -252,17 +252,17 @@ class _Job:
             lock.close()
             return None
         except OSError:
-            pass  # a file system without locks: two jobs at once are then the user's to avoid
+            pass  # a file system without locks: users must then not start two jobs at once
         return lock
 
     def _start(self, cell: Cell, lock: BinaryIO, variables: dict[str, str]) -> _Child:
         self._say(cell.label)
         broken_off = None if cell.name in self.stale else interrupted(cell, self.base_dir)
-        words = ["--resume", str(broken_off)] if broken_off else cell.command(self.base_dir)
+        argv = ["--resume", str(broken_off)] if broken_off else cell.command(self.base_dir)
         console = self.base_dir / cell.name / "console.log"
         with console.open("wb") as stream:
             process = subprocess.Popen(
-                [sys.executable, str(MAIN), *words],
+                [sys.executable, str(MAIN), *argv],
                 stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=variables,
                 pass_fds=(lock.fileno(),),  # the run holds the lock for as long as it lives, longer than this job maybe
             )  # fmt: skip
@@ -279,7 +279,7 @@ class _Job:
         if finished(child.cell, self.base_dir):
             self._advance()
         elif code == 2 and child.resumed:
-            # what the run was about has changed since it broke off: it is started anew
+            # the model, text or settings changed since the interruption: it is started from the beginning
             self.stale.add(child.cell.name)
             self.queue.appendleft(child.cell)
         else:
@@ -290,7 +290,7 @@ class _Job:
             self._advance()
 
     def _say(self, what: str) -> None:
-        """Puts before the bar what is going on."""
+        """Shows the present state before the bar."""
         if what != self.said:
             self.said = what
             self.bar.set_description_str(what)
@@ -354,7 +354,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _last_words(console: Path) -> str:
-    """The line in which a run said what was wrong: its last."""
+    """The last line of a run's output, which gives the reason."""
     lines = [line for line in console.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else "it said nothing"
 

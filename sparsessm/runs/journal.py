@@ -1,8 +1,8 @@
-"""What a run has finished, layer by layer, so that a killed one can be resumed (--resume).
+"""The finished layers of a run, so that a killed one can be resumed (--resume).
 
 RUN/layers/PHASE-LAYER.safetensors holds what pruning made of one layer: new values by the parameter's name, masks as
-`mask:NAME`. RUN/layers/NAME.json holds figures. A file appears whole or not at all; the stream is not kept, for the
-layers that are done make it anew. When a run ends its journal goes.
+`mask:NAME`. RUN/layers/NAME.json holds figures. A file appears whole or not at all; the stream is not kept, because
+the finished layers recompute it. When a run ends its journal is removed.
 
 What is found is checked against what the run expects: a journal that was damaged or edited is refused, never mixed in.
 """
@@ -30,7 +30,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class Journal:
-    """The journal of one run. What it can `load` is what stood there when it was opened: all processes see the same."""
+    """The journal of one run. It can `load` only what was there when it was opened: all processes see the same."""
 
     def __init__(self, folder: Path | None, *, writes: bool = True) -> None:
         """folder: of the run, None for a journal that keeps nothing. writes: False in all processes but the first.
@@ -41,7 +41,7 @@ class Journal:
         self.folder = folder and folder / FOLDER
         self.writes = writes and folder is not None
         if self.folder and self.folder.is_symlink():
-            raise InputError(f"{self.folder} is a link: remove it, or start the run anew")
+            raise InputError(f"{self.folder} is a link: remove it, or start a new run")
         if self.folder and self.writes:
             with storing(str(self.folder), "choose --base_dir elsewhere"):
                 self.folder.mkdir(exist_ok=True)
@@ -89,10 +89,10 @@ class Journal:
         self._write(f"{phase}-{layer:04d}.safetensors", lambda path: save_file(tensors, path))
 
     def load_figures(self, name: str, check: Callable[[Any], bool] = lambda figures: True) -> Any | None:
-        """What `store_figures` recorded under the name, or None.
+        """The figures that `store_figures` recorded under the name, or None.
 
         Args:
-            check: whether figures are what they should be.
+            check: whether figures have the expected form.
 
         Raises:
             InputError: the file is no JSON or fails the check.
@@ -117,7 +117,7 @@ class Journal:
         """Records figures, or checks that they are what was recorded before the run was interrupted.
 
         Raises:
-            InputError: where they are not: going on would mix two runs.
+            InputError: where they are not: resuming would mix two runs.
         """
         before = self.load_figures(name)
         now = json.loads(strict_json(figures))
@@ -126,7 +126,7 @@ class Journal:
             if isinstance(before, dict) and isinstance(now, dict):
                 names = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
                 which = f" ({', '.join(names)})"
-            raise InputError(f"--resume: {what} changed since the run was interrupted{which}; start it anew")
+            raise InputError(f"--resume: {what} changed since the run was interrupted{which}; start a new run")
         if before is None:
             self.store_figures(name, figures)
 
@@ -142,14 +142,14 @@ class Journal:
     def _refusal(self, name: str, reason: str) -> InputError:
         return InputError(
             f"--resume: {self._file(name)} is damaged or was edited ({reason}): remove that file to have the step done "
-            "again, or start the run anew"
+            "again, or start a new run"
         )
 
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:
         if not self.writes:
             return
         file = self._file(name)
-        with storing(str(file), "make room"):
+        with storing(str(file), "free some space"):
             write_whole(file, write, follow=False)
 
 

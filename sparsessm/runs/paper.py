@@ -72,14 +72,14 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Table:
-    """Raises InputError for a name that is no table's."""
+    """Raises InputError for the name of no table."""
     if name not in names():
         raise InputError(f"there is no table {name}; there are: {', '.join(names())}")
     return Table(name=name, **json.loads((FOLDER / f"{name}.json").read_text()))
 
 
 def bare_name(model: str) -> str:
-    """What a model is called in a table: the last part of its id or path, without -hf."""
+    """The name of a model in a table: the last part of its id or path, without -hf."""
     return Path(model).name.removesuffix("-hf")
 
 
@@ -94,12 +94,12 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What a caller wants otherwise than the table says.
+    """Changes of a caller to the table.
 
     Attributes:
         models, dataset, ppl_datasets: instead of the table's; without ppl_datasets, dataset is evaluated as well.
         only: rows to keep, by name or method. seeds: repeat every run that prunes with each.
-        flags: values of single options. words: further words for main.py, as they are.
+        flags: values of single options. argv: further arguments for main.py, as they are.
     """
 
     models: Sequence[str] | None = None
@@ -108,7 +108,7 @@ class Changes:
     only: Sequence[str] | None = None
     seeds: Sequence[int] | None = None
     flags: Mapping[str, Any] = field(default_factory=dict)
-    words: Sequence[str] = ()
+    argv: Sequence[str] = ()
 
 
 def entries(table: Table, changes: Changes) -> list[Entry]:
@@ -117,7 +117,7 @@ def entries(table: Table, changes: Changes) -> list[Entry]:
     Raises:
         InputError: for changes that the table has no place for, or that main.py refuses on every line.
     """
-    for word in changes.words:
+    for word in changes.argv:
         if word.split("=")[0] in ("--save", "--base_dir", "--experiment_name", "--resume"):
             raise InputError(f"{word} would send all runs of the table to one place: leave it out")
     vary = {flag: list(values) for flag, values in table.vary.items()}
@@ -144,9 +144,9 @@ def entries(table: Table, changes: Changes) -> list[Entry]:
                 seeds = [None]  # nothing is drawn: a seed would change nothing
             cells = []
             for seed in seeds:
-                words = _words(model, flags | ({} if seed is None else {"seed": seed})) + list(changes.words)
+                argv = _argv(model, flags | ({} if seed is None else {"seed": seed})) + list(changes.argv)
                 label = f"{bare_name(model)}, {row}" + ("" if seed is None else f", seed {seed}")
-                cells.append(Cell(label, tuple(words)))
+                cells.append(Cell(label, tuple(argv)))
             found.append(Entry(model, row, tuple(cells)))
     refusals = [cell.refusal for entry in found for cell in entry.cells]
     if all(refusals):
@@ -171,15 +171,15 @@ def _rows(table: Table, vary: Mapping[str, Sequence[Any]], only: Sequence[str] |
     return lines
 
 
-def _words(model: str, flags: Mapping[str, Any]) -> list[str]:
-    """The words of a run, flags in the order of --help."""
+def _argv(model: str, flags: Mapping[str, Any]) -> list[str]:
+    """The arguments of a run, flags in the order of --help."""
     flags = dict(flags)
-    words = [model, flags.pop("dataset")]
+    argv = [model, flags.pop("dataset")]
     for name in sorted(flags, key=lambda name: (_ORDER.get(name, len(_ORDER)), name)):
         value = flags[name]
-        words.append(f"--{name}")
-        words += map(str, value if isinstance(value, list) else [] if value is True else [value])
-    return words
+        argv.append(f"--{name}")
+        argv += map(str, value if isinstance(value, list) else [] if value is True else [value])
+    return argv
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,13 @@ class Figure:
 
     @property
     def difference(self) -> float | None:
-        """Ours less the published one."""
+        """Ours minus the published one."""
         return None if self.published is None or self.mean is None else self.mean - self.published
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table with its figures by column, the run folders that they come from, and what went wrong."""
+    """A line of a table with its figures by column, the run folders that they come from, and its failures."""
 
     entry: Entry
     model: str
@@ -238,7 +238,7 @@ class Filled:
 
 
 def fill_in(table: Table, lines: Sequence[Entry], base_dir: Path, failures: Mapping[Cell, str]) -> Filled:
-    """The table as the run folders under base_dir have it.
+    """The table with the figures in the run folders under base_dir.
 
     Args:
         failures: of `grid.fill`; other cells without a finished run are still to be done.

@@ -110,7 +110,7 @@ def trace(filled: Filled, base_dir: Path) -> dict[str, object]:
             runs.append(
                 {
                     "run": cell.label,
-                    "command": shlex.join(["python", "main.py", *cell.words]),
+                    "command": shlex.join(["python", "main.py", *cell.argv]),
                     "folder": folder and str(folder),
                     "state": "done" if folder else "failed" if failed else "to do",
                 }
@@ -125,13 +125,13 @@ def trace(filled: Filled, base_dir: Path) -> dict[str, object]:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of the text as it is, but for the bars in it."""
+    """A table of the text, with its bars escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 def number(value: float) -> str:
-    """Two digits after the point; powers of ten where that would be a row of figures that mean nothing."""
+    """Two digits after the point; powers of ten where most digits would mean nothing."""
     if not math.isfinite(value):
         return str(value)
     return f"{round(value, 2) + 0.0:.2f}" if abs(value) < 1e5 else f"{value:.2e}"  # + 0.0: no minus before a zero

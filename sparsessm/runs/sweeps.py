@@ -51,7 +51,7 @@ def load(file: Path, changes: Sequence[str] = ()) -> Sweep:
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"{file} cannot be read as a sweep ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict) or not isinstance(config.get("parameters"), dict):
-        raise InputError(f"{file} is no sweep: it has no parameters")
+        raise InputError(f"{file} is not a sweep: it has no parameters")
     if config.get("method") != "grid":
         raise InputError(f"{file}: method {config.get('method')} needs wandb's server; here only grid can run")
     values = {name: _values(file, name, said) for name, said in config["parameters"].items()}
@@ -124,7 +124,7 @@ def _values(file: Path, name: str, said: Any) -> list[Any]:
     for value in values:
         # wandb's agent would hand over a list or a null as one word that main.py does not understand
         if not isinstance(value, (str, int, float, bool)):
-            raise InputError(f"{file}: a value of {name} is {value!r}: give words, numbers, true or false")
+            raise InputError(f"{file}: a value of {name} is {value!r}: give strings, numbers, true or false")
     return values
 
 
@@ -136,7 +136,7 @@ def _change(text: str) -> tuple[str, list[Any]]:
         value = None
     values = value if isinstance(value, list) else [value]
     if not (name and equals and values and all(isinstance(one, (str, int, float, bool)) for one in values)):
-        raise InputError(f"--set {text} is no NAME=VALUE or NAME=[VALUE, VALUE]")
+        raise InputError(f"--set {text} is not NAME=VALUE or NAME=[VALUE, VALUE]")
     return name, values
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: BASE_DIR/EXPERIMENT/TIME/ with its options, log, events and figures; wandb where asked."""
+"""The folder of a run: BASE_DIR/EXPERIMENT/TIME/ with its options, log, events and figures; wandb where asked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sparsessm.runs.journal import remove_journal
 
 logger = logging.getLogger("sparsessm")
 
-_REMEDY = "make room, and resume the run"
+_REMEDY = "free some space, and resume the run"
 
 
 def check_wandb() -> None:
@@ -44,7 +44,7 @@ class Run:
     def __init__(
         self, options: Mapping[str, Any], *, log_wandb: bool = False, resumed: Path | None = None, is_main: bool = True
     ) -> None:
-        """Opens a new folder for the options, or that of the interrupted run `resumed`; nothing of it stays if that fails.
+        """Opens a new folder for the options, or that of the interrupted run `resumed`; removed again if that fails.
 
         is_main: False in all processes but the first: they write nothing, and have no folder unless it is resumed.
 
@@ -124,7 +124,7 @@ class Run:
         check_interrupted()
         if phase != self._phase:
             self._close_bar()
-            # quiet when nobody watches: a log full of bars helps no one
+            # no bar without a terminal: a log full of bars helps no one
             self._bar = tqdm(desc=phase, unit="layer", disable=not (self.is_main and sys.stderr.isatty()), leave=False)
             self._phase = phase
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
@@ -148,7 +148,7 @@ class Run:
                 artifact.add_dir(str(saved))
                 self._wandb.log_artifact(artifact)
             self._log_plots()
-        except Exception as error:  # of a service that is optional: the run has what it was for
+        except Exception as error:  # of an optional service: the run itself has succeeded
             logger.warning("warning: wandb did not take all of the run (%s)", first_line(error))
 
     def _to_wandb(self, row: Mapping[str, Any]) -> None:
@@ -164,7 +164,7 @@ class Run:
         import wandb
 
         if not has_matplotlib():
-            logger.info("wandb: no pictures, for matplotlib is not installed (pip install -r requirements-plots.txt)")
+            logger.info("wandb: no pictures, because matplotlib is not installed (pip install -r requirements-plots.txt)")
             return
         with tempfile.TemporaryDirectory() as folder:
             drawn = write_run_plots(read_run(self._mine), Path(folder))
@@ -172,7 +172,7 @@ class Run:
                 self._wandb.log({f"plots/{kind}": wandb.Image(str(file)) for kind, file in drawn.items()})
 
     def failed(self, error: BaseException) -> None:
-        """Puts the traceback of what ended the run into its log, and nowhere else."""
+        """Writes the traceback of what ended the run to its log, and nowhere else."""
         for handler in self._handlers:
             if isinstance(handler, _LogFile):
                 text = "".join(traceback.format_exception(error))
@@ -180,7 +180,7 @@ class Run:
                     handler.emit(logging.makeLogRecord({"msg": text, "levelno": logging.ERROR}))
 
     def close(self, failed: bool = False) -> None:
-        """Lets go of the log, the bar and the folder, and ends the wandb run."""
+        """Closes the log and the bar, releases the folder, and ends the wandb run."""
         self._close_bar()
         if self._wandb is not None:
             with suppress(Exception):  # its service may be gone
@@ -211,7 +211,7 @@ class _LogFile(logging.FileHandler):
 
 
 def _start_wandb(options: Mapping[str, Any], folder: Path) -> Any:
-    """A wandb run; an offline one, which is said, where no key is configured.
+    """A wandb run; an offline one, with a warning, where no key is configured.
 
     Raises:
         InputError: wandb refuses the settings.

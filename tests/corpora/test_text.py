@@ -317,7 +317,7 @@ def test_demo_halves_share_no_module():
     assert textwrap.__doc__.strip() not in other
 
 
-def test_demo_walks_in_source_order(tmp_path):
+def test_demo_reads_in_source_order(tmp_path):
     source = '''"Module."
 try:
     def first():

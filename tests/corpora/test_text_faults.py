@@ -59,7 +59,7 @@ def test_a_column_of_numbers_is_named(tmp_path, tokenizer, private_cache):
 
 
 @pytest.mark.parametrize("dataset", ["wikitext2", "ptb", "folder"])
-def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, dataset):
+def test_a_byte_order_mark_is_not_text(tmp_path, tokenizer, dataset):
     seen = []
     for coding in ("utf-8", "utf-8-sig"):
         folder = tmp_path / coding / dataset
@@ -71,7 +71,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, dataset):
 
 
 @pytest.mark.parametrize("state", ["", "{", "[]", "3", "[" * 5000])
-def test_a_state_json_that_is_none_is_named(tmp_path, state):
+def test_an_invalid_state_json_is_named(tmp_path, state):
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "state.json").write_text(state)
     with pytest.raises(InputError, match=r"state.json cannot be read"):

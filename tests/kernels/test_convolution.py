@@ -33,7 +33,7 @@ def like_causal_conv1d(x, weight, bias):
 def test_a_convolution_that_agrees_proves_right(dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert convolution.proves_right(like_causal_conv1d, DEVICE, dtype)
+        assert convolution.agrees_with_ours(like_causal_conv1d, DEVICE, dtype)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_a_convolution_that_agrees_proves_right(dtype):
     ],
 )
 def test_one_that_fails_or_disagrees_is_not_used(theirs, fault):
-    with pytest.warns(UserWarning, match=f"causal-conv1d is installed but does not serve the convolution: .*{fault}"):
-        assert not convolution.proves_right(theirs, DEVICE, torch.float32)
+    with pytest.warns(UserWarning, match=f"causal-conv1d is installed but is not used for the convolution: .*{fault}"):
+        assert not convolution.agrees_with_ours(theirs, DEVICE, torch.float32)
 
 
 def test_a_broken_package_is_named_once(broken_package):

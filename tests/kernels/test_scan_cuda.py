@@ -42,7 +42,7 @@ def spoiled(change):
 def test_another_scan_that_agrees_proves_right(dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert scan_cuda.proves_right(like_mamba_ssm, DEVICE, dtype)
+        assert scan_cuda.agrees_with_ours(like_mamba_ssm, DEVICE, dtype)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_another_scan_that_agrees_proves_right(dtype):
     ],
 )
 def test_another_scan_that_fails_or_disagrees_is_not_used(theirs, fault):
-    with pytest.warns(UserWarning, match=f"mamba-ssm is installed but does not serve the scan: .*{fault}") as caught:
-        assert not scan_cuda.proves_right(theirs, DEVICE, torch.float32)
+    with pytest.warns(UserWarning, match=f"mamba-ssm is installed but is not used for the scan: .*{fault}") as caught:
+        assert not scan_cuda.agrees_with_ours(theirs, DEVICE, torch.float32)
     assert len(caught) == 1
 
 

@@ -135,7 +135,7 @@ def test_reference_is_the_formula(form, effect):
         close(getattr(statistics, name), value, what=name)
 
 
-def test_reference_goes_on_from_a_state():
+def test_reference_continues_from_a_state():
     values = inputs(2, 4, 3, 2, h0=True)
     y, h = call(selective_scan_ref, values)
     expected_y, expected_h, _ = brute_force(values, "zero")
@@ -346,7 +346,7 @@ def test_without_numba_the_reference_serves(monkeypatch):
     assert scan_module._choose_kernel.__wrapped__("cpu") == "ref"
 
 
-def test_going_on_with_unit_needs_its_counterfactual():
+def test_continuing_with_unit_needs_its_counterfactual():
     values = inputs(1, 3, 2, 2, h0=True)
     statistics = ScanStatistics.zeros(("gram",), 3, 2, 2, "cpu", "unit")
     with pytest.raises(ValueError, match="counterfactual"):

@@ -56,7 +56,7 @@ def _child(results):
 
 
 @needs_fork
-def test_a_forked_process_has_threads_of_its_own():
+def test_a_forked_process_has_its_own_threads():
     for_each(lambda _: None, range(10), 2)
     context = multiprocessing.get_context("fork")
     results = context.Queue()

@@ -74,7 +74,7 @@ def test_a_changed_layer_changes_what_the_next_one_meets(tiny_model, tiny_window
     assert float((met - dense).abs().max()) > 1e-2
 
 
-def test_looking_moves_nothing_on_unless_asked_to(tiny_model, tiny_windows, embed):
+def test_observing_does_not_advance_unless_asked_to(tiny_model, tiny_windows, embed):
     model, windows = tiny_model(num_hidden_layers=3), tiny_windows(5, 17)
     plain = embed(model, windows)
     for layer in each_layer(Layout(model), plain):
@@ -114,7 +114,7 @@ def test_pieces_of_the_states_are_those_of_one_long_scan(tiny_model, tiny_window
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
-def test_the_recurrence_with_another_A_goes_on_from_piece_to_piece(tiny_model, tiny_windows, tmp_path, offload):
+def test_the_counterfactual_state_continues_from_piece_to_piece(tiny_model, tiny_windows, tmp_path, offload):
     model, windows = tiny_model(), tiny_windows(5, 17)
     whole = ScanStatistics.zeros(("gram",), 17, 32, 6, "cpu", "unit")
     visit_block(model.backbone.layers[0], model.backbone.embeddings(windows), statistics=whole)
@@ -147,7 +147,7 @@ def test_modules_can_be_observed_after_the_states(tiny_model, tiny_windows, embe
 
 @pytest.mark.parametrize("budget", [0, 20_000, 1 << 30])
 def test_what_is_kept_between_two_passes_changes_nothing(tiny_model, tiny_windows, embed, budget):
-    """Layer 1 puts out what the stock model says after a change of A_log, whatever was kept of its first pass."""
+    """Layer 1 outputs what the stock model does after a change of A_log, whatever was kept of its first pass."""
     model, windows = tiny_model(), tiny_windows(5, 17)
     stream = embed(model, windows, budget=budget, steps=5)
     for layer in each_layer(Layout(model), stream):
@@ -157,7 +157,7 @@ def test_what_is_kept_between_two_passes_changes_nothing(tiny_model, tiny_window
 
 
 @pytest.mark.parametrize("name", ["A_log", "in_proj.weight", "x_proj.weight"])
-def test_what_is_kept_is_let_go_where_it_depends_on_what_is_written(tiny_model, tiny_windows, embed, name):
+def test_what_is_kept_is_dropped_where_it_depends_on_what_is_written(tiny_model, tiny_windows, embed, name):
     model, windows = tiny_model(), tiny_windows(5, 17)
     before = stock_inputs(model, windows)[-1]
     stream = embed(model, windows, budget=1 << 30, steps=5)

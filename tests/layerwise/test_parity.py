@@ -1,4 +1,4 @@
-"""Every model is asked whether our forward is the stock one; the first layer that differs is named."""
+"""Our forward is compared with the stock one of every model; the first layer that differs is named."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_the_demo_agrees_to_a_millionth_and_is_left_as_it_was():
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_first_layer_that_differs_is_named(tiny_model, layer):
-    """The stock mixer computes something of its own, and ours, which stands in for it, does not know of it."""
+    """The stock mixer computes something else than ours, which replaces it."""
     model = tiny_model()
     for block in model.backbone.layers[layer:]:
         block.mixer.forward = lambda *args, stock=block.mixer.forward, **named: stock(*args, **named) * 1.001
@@ -58,7 +58,7 @@ def test_what_enters_the_first_layer_and_the_head_are_compared_too(tiny_model):
 def test_a_stock_model_that_diverges_is_named_as_such(tiny_model):
     model = tiny_model()
     model.backbone.layers[1].mixer.out_proj.weight.fill_(torch.finfo(torch.float32).max)
-    with pytest.raises(DivergenceError, match="layer 1 of mine puts out values that are not finite"):
+    with pytest.raises(DivergenceError, match="layer 1 of mine outputs values that are not finite"):
         check_parity(Layout(model), "mine", CPU)
 
 

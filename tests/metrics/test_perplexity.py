@@ -70,7 +70,7 @@ def test_the_model_is_not_changed(tiny_model, tiny_windows):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_hopeless_model_has_a_figure_too(tiny_model, tiny_windows):
+def test_an_infinite_perplexity_is_a_result(tiny_model, tiny_windows):
     model = tiny_model(tie_word_embeddings=False)
     model.lm_head.weight.mul_(1e6)
     assert measure(model, tiny_windows()).value == math.inf

@@ -24,9 +24,9 @@ SHORT = dict(device="cpu", prompt=5, tokens=2, batch=BATCH, rounds=3)
 def pruned(run_main, tiny_checkpoint, text_folder, tmp_path):
     """pruned("--method", ...) is the folder of a tiny checkpoint, pruned by the command to 50 %."""
 
-    def make(*words):
+    def make(*argv):
         out = tmp_path / f"pruned{len(list(tmp_path.glob('pruned*')))}"
-        done = run_main([tiny_checkpoint("dense"), text_folder, *words, "--sparsity", 0.5, "--seqlen", 32, "--nsamples", 2,
+        done = run_main([tiny_checkpoint("dense"), text_folder, *argv, "--sparsity", 0.5, "--seqlen", 32, "--nsamples", 2,
                          "--ppl_datasets", "none", "--save", out])  # fmt: skip
         assert done.code == 0, done.stderr
         return str(out)
@@ -66,7 +66,7 @@ def test_sizes_are_those_of_the_checkpoints(pruned, tmp_path):
         assert found[i].nonzero == pytest.approx(1 - gone / found[i].parameters, abs=1e-9)
     text = verdict(found)
     assert "\n" not in text and all(name in text for name in names)
-    assert f"{fewer / parameters:.1%} of the parameters removed, bought" in text
+    assert f"{fewer / parameters:.1%} of the parameters removed, gained" in text
 
 
 def test_zeros_and_marks_are_counted_once(tiny_checkpoint):
@@ -108,23 +108,23 @@ def like(name="other", **changed):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({}, "other, nothing pruned, bought nothing (prefill 1.00x as fast, decoding 1.00x as fast, "
+        ({}, "other, nothing pruned, gained nothing (prefill 1.00x as fast, decoding 1.00x as fast, "
              "memory 1.000x, state 1.000x, file 1.000x)"),
-        ({"nonzero": 0.75}, "25.0% of the entries pruned in place, bought nothing ("),
-        ({"parameters": 900}, "10.0% of the parameters removed, bought nothing ("),
+        ({"nonzero": 0.75}, "25.0% of the entries pruned in place, gained nothing ("),
+        ({"parameters": 900}, "10.0% of the parameters removed, gained nothing ("),
         ({"parameters": 900, "nonzero": 0.9},
-         "10.0% of the parameters removed and 10.0% of the entries pruned in place, bought nothing ("),
-        ({"prefill": (2e-6, 2e-6, 2.5e-6, 2e-6)}, "bought faster prefill (prefill 2.00x as fast, decoding 1.00x"),
-        ({"decode": (4e-3,) * 4}, "bought nothing at the price of slower decoding (prefill 1.00x as fast, decoding 0.50x"),
-        ({"decode": (1.96e-3,) * 4}, "bought nothing (prefill 1.00x as fast, decoding 1.02x"),
-        ({"decode": (1e-3, 1e-3, 2e-3, 2e-3)}, "bought nothing (prefill 1.00x as fast, decoding 1.50x"),  # rounds disagree
-        ({"decode": (1e-3, 1e-3, 1e-3, 2e-3)}, "bought faster decoding ("),  # three of four agree
-        ({"decode": (4e-3, 4e-3, 4e-3, 2e-3)}, "at the price of slower decoding ("),
-        ({"parameter_bytes": 3600}, "bought less memory (prefill 1.00x as fast, decoding 1.00x as fast, memory 0.909x"),
-        ({"state_bytes": 800}, "bought nothing at the price of more memory and a larger state ("),
+         "10.0% of the parameters removed and 10.0% of the entries pruned in place, gained nothing ("),
+        ({"prefill": (2e-6, 2e-6, 2.5e-6, 2e-6)}, "gained faster prefill (prefill 2.00x as fast, decoding 1.00x"),
+        ({"decode": (4e-3,) * 4}, "gained nothing at the cost of slower decoding (prefill 1.00x as fast, decoding 0.50x"),
+        ({"decode": (1.96e-3,) * 4}, "gained nothing (prefill 1.00x as fast, decoding 1.02x"),
+        ({"decode": (1e-3, 1e-3, 2e-3, 2e-3)}, "gained nothing (prefill 1.00x as fast, decoding 1.50x"),  # rounds disagree
+        ({"decode": (1e-3, 1e-3, 1e-3, 2e-3)}, "gained faster decoding ("),  # three of four agree
+        ({"decode": (4e-3, 4e-3, 4e-3, 2e-3)}, "at the cost of slower decoding ("),
+        ({"parameter_bytes": 3600}, "gained less memory (prefill 1.00x as fast, decoding 1.00x as fast, memory 0.909x"),
+        ({"state_bytes": 800}, "gained nothing at the cost of more memory and a larger state ("),
         ({"file_bytes": 2050, "parameter_bytes": 2000, "state_bytes": 200},
-         "bought less memory, a smaller state and a smaller file ("),
-        ({"file_bytes": 4099}, "bought nothing ("),  # a header that differs by a byte
+         "gained less memory, a smaller state and a smaller file ("),
+        ({"file_bytes": 4099}, "gained nothing ("),  # a header that differs by a byte
     ],
 )  # fmt: skip
 def test_the_sentence_follows_the_numbers(changed, says):
@@ -134,7 +134,7 @@ def test_the_sentence_follows_the_numbers(changed, says):
 
 def test_the_peak_counts_where_it_is_known():
     first, other = like("dense", peak_bytes=10_000), like(peak_bytes=5000)
-    assert "bought less memory (" in verdict([first, other]) and "memory 0.500x" in verdict([first, other])
+    assert "gained less memory (" in verdict([first, other]) and "memory 0.500x" in verdict([first, other])
     assert cells(other)["peak MiB"] == "0.00" and "peak MiB" not in cells(DENSE)
 
 
@@ -152,16 +152,16 @@ def test_the_script_prints_a_row_for_each_checkpoint_and_one_sentence(tiny_check
     _, lengths, header, _, *rows, sentence = capsys.readouterr().out.splitlines()
     assert lengths == "batch 2, prompts of 6 tokens, 2 decoded, medians of 1 rounds"
     assert [row.split()[0] for row in rows] == [str(one), str(two)] and header.startswith("checkpoint")
-    assert re.search(r"state 0\.500x", sentence) and "of the parameters removed, bought" in sentence
+    assert re.search(r"state 0\.500x", sentence) and "of the parameters removed, gained" in sentence
 
 
 @pytest.mark.slow
 def test_the_script_as_a_process(tmp_path, tiny_checkpoint):
-    words = [sys.executable, "scripts/bench_inference.py", "--prompt", "4", "--tokens", "1", "--rounds", "1"]
-    done = subprocess.run([*words, tiny_checkpoint()], cwd=ROOT, capture_output=True, text=True)
+    argv = [sys.executable, "scripts/bench_inference.py", "--prompt", "4", "--tokens", "1", "--rounds", "1"]
+    done = subprocess.run([*argv, tiny_checkpoint()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "batch 1, prompts of 4 tokens, 1 decoded" in done.stdout
     (tmp_path / "empty").mkdir()
-    done = subprocess.run([*words, tmp_path / "empty"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*argv, tmp_path / "empty"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "has no config.json" in line

@@ -59,7 +59,7 @@ def write_task(folder, name, documents=DOCUMENTS, **changes):
     return folder
 
 
-def words(folder, *names, batch=16):
+def flags(folder, *names, batch=16):
     return ["--eval_zero_shot", "--zero_shot_include", str(folder), "--zero_shot_tasks", *names,
             "--zero_shot_batch", str(batch)]  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_figures_by_hand_the_metric_rule_and_the_mean(run_main, tmp_path, dense)
     folder = write_task(tmp_path / "tasks", "arc_easy")
     write_task(folder, "both")
     write_task(folder, "plain", metric_list=ONLY_ACC)
-    outcome = run_main([*QUICK, *words(folder, "both", "plain", "arc_easy")])
+    outcome = run_main([*QUICK, *flags(folder, "both", "plain", "arc_easy")])
     assert outcome.code == 0, outcome.stderr
     found, (acc, acc_norm), n = outcome.metrics["zero_shot"], dense, len(DOCUMENTS)
     assert list(found) == ["both", "plain", "arc_easy", "mean"]
@@ -133,7 +133,7 @@ def test_the_pruned_model_is_asked_and_saved_as_without_being_asked(run_main, tm
     """The figure is that of the saved model in stock transformers, and asking leaves no trace in what is saved."""
     folder = write_task(tmp_path / "tasks", "both")
     prune = [*QUICK, "--method", "magnitude", "--prune_A", "--prune_layers", "--sparsity", "0.6", "--ppl_datasets", "none"]
-    outcome = run_main([*prune, *words(folder, "both"), "--save", str(tmp_path / "asked")])
+    outcome = run_main([*prune, *flags(folder, "both"), "--save", str(tmp_path / "asked")])
     assert outcome.code == 0, outcome.stderr
     assert run_main([*prune, "--save", str(tmp_path / "not")]).code == 0
     _, acc_norm, _ = accuracies(tmp_path / "asked")
@@ -156,14 +156,14 @@ def test_the_batch_does_not_matter(run_main, tmp_path, dense):
     """Questions and choices of many lengths share a batch."""
     folder = write_task(tmp_path / "tasks", "both")
     for batch in (1, 5, 64):
-        found = run_main([*QUICK, "--ppl_datasets", "none", *words(folder, "both", batch=batch)]).metrics["zero_shot"]
+        found = run_main([*QUICK, "--ppl_datasets", "none", *flags(folder, "both", batch=batch)]).metrics["zero_shot"]
         assert found["both"]["value"] == pytest.approx(dense[1])
 
 
 def test_removed_states_and_a_task_of_one_document(run_main, tmp_path):
     folder = write_task(tmp_path / "tasks", "both", DOCUMENTS[:1])
     prune = [*QUICK, "--method", "structure_mag", "--prune_A", "--sparsity", "0.5", "--ppl_datasets", "none"]
-    outcome = run_main([*prune, *words(folder, "both")])
+    outcome = run_main([*prune, *flags(folder, "both")])
     assert outcome.code == 0, outcome.stderr
     assert outcome.metrics["zero_shot"]["mean"] == {"value": outcome.metrics["zero_shot"]["both"]["value"], "stderr": None}
 
@@ -171,7 +171,7 @@ def test_removed_states_and_a_task_of_one_document(run_main, tmp_path):
 def test_a_taken_figure_is_not_taken_again(run_main, tmp_path):
     folder = write_task(tmp_path / "tasks", "both")
     write_task(folder, "plain", metric_list=ONLY_ACC)
-    outcome = run_main([*QUICK, *words(folder, "both", "plain")])
+    outcome = run_main([*QUICK, *flags(folder, "both", "plain")])
     (outcome.folder / "metrics.json").unlink()
     (outcome.folder / "layers").mkdir()
     taken = {"metric": "acc_norm", "value": 0.125, "stderr": 0.25, "documents": 3}
@@ -183,7 +183,7 @@ def test_a_taken_figure_is_not_taken_again(run_main, tmp_path):
 
 def test_the_harness_warns_in_the_log_of_the_run(run_main, tmp_path):
     folder = write_task(tmp_path / "tasks", "off", [*DOCUMENTS, DOCUMENTS[0] | {"label": 7}])
-    outcome = run_main([*QUICK, "--ppl_datasets", "none", *words(folder, "off")])
+    outcome = run_main([*QUICK, "--ppl_datasets", "none", *flags(folder, "off")])
     log = (outcome.folder / "output.log").read_text()
     assert outcome.code == 0 and "Label index was not" in log and "already-initialized" not in log
 
@@ -218,7 +218,7 @@ def refused(outcome, *says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"dataset_kwargs": {"data_files": {"test": "/nowhere/all.jsonl"}}}, ["documents of", "cannot be had", "/nowhere"]),
+        ({"dataset_kwargs": {"data_files": {"test": "/nowhere/all.jsonl"}}}, ["documents of", "not available", "/nowhere"]),
         ({"dataset_path": "nobody/nothing", "dataset_kwargs": None}, ["nobody/nothing", "fetch them once with a network"]),
         ({"include": "absent.yaml"}, ["broken cannot be used", "absent.yaml"]),
         ({"test_split": None}, ["broken cannot be used", "test docs"]),
@@ -231,16 +231,16 @@ def refused(outcome, *says):
 )
 def test_a_task_that_cannot_be_used(run_main, tmp_path, changes, says):
     folder = write_task(tmp_path / "tasks", "both")
-    refused(run_main([*QUICK, *words(write_task(folder, "broken", **changes), "both", "broken")]), *says)
+    refused(run_main([*QUICK, *flags(write_task(folder, "broken", **changes), "both", "broken")]), *says)
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, ["is no folder"]),
+        (None, ["is not a folder"]),
         ({}, ["holds no task"]),
         ({"notes.yaml": "just: notes"}, ["holds no task"]),
-        ({"bad.yaml": "task: [unclosed\nmore: {"}, ["bad.yaml is no YAML", "mend or remove it"]),
+        ({"bad.yaml": "task: [unclosed\nmore: {"}, ["bad.yaml is not YAML", "correct or remove it"]),
     ],
 )
 def test_a_folder_that_cannot_be_used(run_main, tmp_path, content, says):
@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_used(run_main, tmp_path, content, says):
         folder.mkdir()
         for name, text in content.items():
             (folder / name).write_text(text)
-    refused(run_main([*QUICK, *words(folder, "piqa")]), *says)
+    refused(run_main([*QUICK, *flags(folder, "piqa")]), *says)
 
 
 @pytest.mark.slow
@@ -302,7 +302,7 @@ def test_the_first_of_several_processes_asks(tmp_path, dense):
     folder = write_task(tmp_path / "tasks", "both")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "main.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *QUICK, *words(folder, "both"), "--base_dir", str(tmp_path / "runs")], cwd=ROOT,
+    done = subprocess.run([*launch, *QUICK, *flags(folder, "both"), "--base_dir", str(tmp_path / "runs")], cwd=ROOT,
                           env=environment, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     (run,) = tmp_path.glob("runs/default/*")

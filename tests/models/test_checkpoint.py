@@ -139,7 +139,7 @@ def test_state_spaces_options(tmp_path, tiny_model, tiny_windows):
     same_logits(folder, stock, tiny_windows())
 
 
-def test_state_spaces_with_a_head_of_its_own(tmp_path, tiny_model, tiny_windows):
+def test_state_spaces_with_an_untied_head(tmp_path, tiny_model, tiny_windows):
     stock = tiny_model(tie_word_embeddings=False)
     folder = write_state_spaces(tmp_path / "original", stock, tie_embeddings=False)
     same_logits(folder, stock, tiny_windows())
@@ -237,7 +237,7 @@ def test_an_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "", "[]", "3", '"mamba"', "null"])
-def test_a_config_that_is_no_config(saved, text):
+def test_an_invalid_config(saved, text):
     (saved / "config.json").write_text(text)
     assert complaint(saved)
 
@@ -251,7 +251,7 @@ def test_a_config_with_nonsense_in_it(saved):
 def test_an_architecture_that_is_not_known(saved, kind):
     rewrite_config(saved, model_type=kind)
     said = complaint(saved)
-    assert f"no model that can be pruned here (model_type {kind!r}): known are mamba, falcon_mamba, mamba2" in said
+    assert f"is not a model that can be pruned here (model_type {kind!r}): known are mamba, falcon_mamba, mamba2" in said
 
 
 def test_the_sizes_of_another_architecture(saved):
@@ -292,7 +292,7 @@ def test_truncated_safetensors_are_found_before_they_are_read(saved, keep):
 
 
 @pytest.mark.parametrize("header", [b"[]", b"3", b"{]", b'{"a": 3}', b"\xff\xfe\xfd"])
-def test_safetensors_with_a_header_that_is_none(saved, header):
+def test_safetensors_with_a_header_that_is_invalid(saved, header):
     (saved / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     assert "model.safetensors" in complaint(saved)
 
@@ -310,7 +310,7 @@ def test_a_missing_shard(tmp_path, tiny_model):
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}'])
-def test_an_index_that_is_none(saved, text):
+def test_an_index_that_is_invalid(saved, text):
     (saved / "model.safetensors").unlink()
     (saved / "model.safetensors.index.json").write_text(text)
     assert complaint(saved)
@@ -387,7 +387,7 @@ def test_no_tokenizer_at_hand(tmp_path, tiny_model, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_tokenizer_of_its_own(tiny_checkpoint):
+def test_a_broken_tokenizer(tiny_checkpoint):
     folder = tiny_checkpoint()
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(InputError) as caught:
@@ -457,7 +457,7 @@ def test_a_config_key_that_rescales_weights_when_they_are_loaded(saved, tiny_mod
 @pytest.mark.parametrize(
     ("changes", "says"),
     [({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised weights"),
-     ({"transformers_weights": "other.safetensors"}, "weight files of its own")],
+     ({"transformers_weights": "other.safetensors"}, "names other weight files")],
     ids=str,
 )  # fmt: skip
 def test_configs_that_are_refused(saved, changes, says):
@@ -496,7 +496,7 @@ def test_an_index_that_names_files_outside_the_folder(saved, name):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 5000])
-def test_a_generation_config_that_is_none(saved, text):
+def test_a_generation_config_that_is_invalid(saved, text):
     (saved / "generation_config.json").write_text(text)
     assert "generation_config.json" in complaint(saved)
 

@@ -1,4 +1,4 @@
-"""Mamba-2 and Falcon-Mamba by our way against stock transformers, and what is taken out of them."""
+"""Our Mamba-2 and Falcon-Mamba against stock transformers, and removed states and heads."""
 
 import json
 import math
@@ -70,7 +70,7 @@ def test_what_another_version_might_compute_is_noticed(kind):
 
 
 def test_decoding_differs_from_prefill_in_stock_where_time_steps_are_limited(tiny_windows):
-    """A fault of stock that must not be taken for ours: what we compute is its prefill."""
+    """A bug of stock transformers, not ours: we compute its prefill."""
     model, windows = random_model_of("mamba2", time_step_limit=(0.05, 0.3)), tiny_windows(1, 20)
     whole = model(windows, use_cache=False).logits[0, -1]
     cache = model(windows[:, :-1], use_cache=True).cache_params
@@ -113,7 +113,7 @@ def silenced_states(model, columns):
 
 
 @pytest.mark.parametrize("sizes", [{}, TWO_GROUPS, {"n_groups": 2, "use_conv_bias": False}])
-def test_states_taken_out_are_states_that_are_never_read(tiny_windows, tmp_path, sizes):
+def test_removed_states_are_states_that_are_never_read(tiny_windows, tmp_path, sizes):
     model, windows = random_model_of("mamba2", **sizes), tiny_windows(2, 30)
     columns = torch.tensor([True, False, False, True, True, False])
     expected = silenced_states(random_model_of("mamba2", **sizes), columns)(windows, use_cache=False).logits
@@ -128,7 +128,7 @@ def test_states_taken_out_are_states_that_are_never_read(tiny_windows, tmp_path,
 
 
 def assert_saved_is(model, folder, windows, expected):
-    """In memory by our way, and opened by stock transformers alone."""
+    """In memory by our forward, and opened by stock transformers alone."""
     torch.testing.assert_close(logits_of(Layout(model), windows, 64), expected, atol=1e-5, rtol=1e-5)
     with Place(str(folder / "out"), saving.size_needed(model)) as place:
         saving.write_model(model, {}, {}, place)
@@ -139,7 +139,7 @@ def assert_saved_is(model, folder, windows, expected):
 
 
 @pytest.mark.parametrize("sizes", [{"tie_word_embeddings": False}, TWO_GROUPS])
-def test_heads_taken_out_leave_what_the_others_compute(tiny_windows, tmp_path, sizes):
+def test_removed_heads_leave_what_the_others_compute(tiny_windows, tmp_path, sizes):
     """Against the formulas: the norm is then taken of the channels that are left."""
     model, windows = random_model_of("mamba2", **sizes), tiny_windows(2, 30)
     keep = torch.tensor([True, False, False, True, False, True, True, False])
@@ -267,7 +267,7 @@ def test_the_state_spaces_layout_is_written_key_by_key(tmp_path):
     assert again.config.to_dict() == loaded.config.to_dict()
 
 
-def test_states_taken_out_of_the_state_spaces_layout_shrink_d_state(tiny_windows, tmp_path):
+def test_removed_states_shrink_d_state_in_the_state_spaces_layout(tiny_windows, tmp_path):
     published_checkpoint(tmp_path / "it", safetensors=False)
     source, windows = checkpoint.find(str(tmp_path / "it")), tiny_windows(2, 30)
     model = checkpoint.load(source)
@@ -312,7 +312,7 @@ def test_defaults_of_the_state_spaces_layout(tmp_path):
     assert tuple(config.time_step_limit) == (0.0, math.inf)
 
 
-def test_saving_in_the_hugging_face_layout_keeps_an_endless_limit(tmp_path):
+def test_saving_in_the_hugging_face_layout_keeps_an_infinite_limit(tmp_path):
     model = random_model_of("mamba2")
     with Place(str(tmp_path / "out"), saving.size_needed(model)) as place:
         saving.write_model(model, {}, {}, place)

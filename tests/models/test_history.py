@@ -1,4 +1,4 @@
-"""What was pruned before is found, stays so, counts in every total, and is neither candidate nor calibrated."""
+"""Entries pruned before are found, stay pruned, count in every total, and are neither candidates nor calibrated."""
 
 import json
 import shutil
@@ -35,11 +35,11 @@ def gone(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def pruned(run_main, tiny_checkpoint, text_folder, tmp_path):
-    """pruned(name, *words, model=...) prunes a tiny checkpoint, or another folder, and returns what was saved and told."""
+    """pruned(name, *argv, model=...) prunes a tiny checkpoint, or another folder, and returns what was saved and told."""
 
-    def run(name, *words, model=None):
+    def run(name, *argv, model=None):
         model = model or tiny_checkpoint(f"{name}-dense", state_size=8)
-        done = run_main([model, text_folder, *words, *SMALL, "--save", tmp_path / name])
+        done = run_main([model, text_folder, *argv, *SMALL, "--save", tmp_path / name])
         assert done.code == 0, done.stderr
         return tmp_path / name, done
 
@@ -61,9 +61,9 @@ def test_a_dense_model_has_no_history(tiny_checkpoint, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("sidecar", [True, False])
-@pytest.mark.parametrize("words", [(), ("--pruned_transition", "unit"), ("--raw_zeros",)], ids=str)
-def test_pruned_transitions_are_found_beside_the_model_or_in_it(pruned, sidecar, words):
-    folder, _ = pruned("one", "--method", "sparsessm", *A_LOG, *words)
+@pytest.mark.parametrize("argv", [(), ("--pruned_transition", "unit"), ("--raw_zeros",)], ids=str)
+def test_pruned_transitions_are_found_beside_the_model_or_in_it(pruned, sidecar, argv):
+    folder, _ = pruned("one", "--method", "sparsessm", *A_LOG, *argv)
     masks = load_file(folder / "masks.safetensors")
     if not sidecar:
         (folder / "masks.safetensors").unlink()
@@ -91,11 +91,11 @@ SECOND = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "words"), SECOND, ids=str)
-def test_more_of_A_log_goes_on_top_of_what_is_gone(pruned, method, words):
+@pytest.mark.parametrize(("method", "argv"), SECOND, ids=str)
+def test_more_of_A_log_goes_on_top_of_what_is_gone(pruned, method, argv):
     """30 % first, then half in all: the first masks are kept, and exactly half is gone, by the file and by the figures."""
     one, _ = pruned("one", "--method", "magnitude", "--prune_A", "--sparsity", 0.3)
-    two, done = pruned("two", "--method", method, *words, model=one)
+    two, done = pruned("two", "--method", method, *argv, model=one)
     first, both, told = load_file(one / "masks.safetensors"), load_file(two / "masks.safetensors"), done.metrics["sparsity"]
     true = {name: mask for name, mask in gone(two).items() if name.endswith("A_log")}
     assert both.keys() == first.keys() == true.keys()
@@ -154,8 +154,8 @@ def test_states_that_were_removed_count_and_stay_gone(pruned, run_main, text_fol
 
 def test_whole_blocks_that_were_removed_count(pruned, run_main, tiny_checkpoint, text_folder):
     dense = tiny_checkpoint("deep", state_size=8, num_hidden_layers=4)
-    words = ("--method", "mamba-shedder", "--prune_A", "--prune_layers", "--sparsity", 0.5, "--shed_target", "mamba_block")
-    one, first = pruned("one", *words, model=dense)
+    argv = ("--method", "mamba-shedder", "--prune_A", "--prune_layers", "--sparsity", 0.5, "--shed_target", "mamba_block")
+    one, first = pruned("one", *argv, model=dense)
     again = run_main([one, text_folder, *SMALL])
     assert again.metrics["sparsity"] == first.metrics["sparsity"] and again.metrics["sparsity"]["ssm"] == 0.5
     _, done = pruned("two", "--method", "magnitude", *A_LOG, model=one)
@@ -165,8 +165,8 @@ def test_whole_blocks_that_were_removed_count(pruned, run_main, tiny_checkpoint,
 def test_masks_follow_their_layers_when_blocks_are_removed(pruned, tiny_checkpoint):
     dense = tiny_checkpoint("deep", state_size=8, num_hidden_layers=4)
     one, _ = pruned("one", "--method", "magnitude", *A_LOG, model=dense)
-    words = ("--method", "mamba-shedder", "--prune_A", "--prune_layers", "--sparsity", 0.25, "--shed_target", "mamba_block")
-    two, done = pruned("two", *words, model=one)
+    argv = ("--method", "mamba-shedder", "--prune_A", "--prune_layers", "--sparsity", 0.25, "--shed_target", "mamba_block")
+    two, done = pruned("two", *argv, model=one)
     (lost,) = done.metrics["removed_layers"]
     masks, true = load_file(two / "masks.safetensors"), gone(two)
     assert {int(name.split(".")[2]) for name in masks} == {0, 1, 2}
@@ -179,8 +179,8 @@ def test_masks_follow_their_layers_when_blocks_are_removed(pruned, tiny_checkpoi
 def test_structures_and_weights_that_go_in_one_run_count_together(pruned, checkpoint_of, run_main, text_folder, structure):
     """Of a Mamba-2 both take from the same weights: what is gone is all that is not there and not zero."""
     dense = checkpoint_of("mamba2")
-    words = ("--method", "sparsessm", *A_LOG, "--prune_layers", "--structure", structure)
-    one, done = pruned("one", *words, model=dense)
+    argv = ("--method", "sparsessm", *A_LOG, "--prune_layers", "--structure", structure)
+    one, done = pruned("one", *argv, model=dense)
 
     def alive(folder):
         tensors = load_file(folder / "model.safetensors")
@@ -226,7 +226,7 @@ def broken_masks(folder: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["cut short", "another model's", "numbers", "another shape"])
-def test_masks_that_are_none_are_refused(pruned, run_main, text_folder, case):
+def test_masks_that_are_invalid_are_refused(pruned, run_main, text_folder, case):
     one, _ = pruned("one", "--method", "magnitude", *A_LOG)
     broken_masks(one, case)
     done = run_main([one, text_folder, *SMALL])
@@ -238,7 +238,7 @@ def test_masks_that_are_none_are_refused(pruned, run_main, text_folder, case):
              '{"removed": {"a": [0, 1]}}', '{"removed": {"a": {"dim": 1, "index": [true]}}}', '{"removed": 1}',
              '{"history": 3}', '{"options": []}', "[" * 3000],
 )  # fmt: skip
-def test_a_record_that_is_none_is_refused(tiny_checkpoint, text):
+def test_a_record_that_is_invalid_is_refused(tiny_checkpoint, text):
     folder = tiny_checkpoint()
     (folder / "sparsessm.json").write_text(text)
     source = checkpoint.find(str(folder))

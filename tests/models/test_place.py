@@ -105,7 +105,7 @@ def test_a_name_as_long_as_the_file_system_takes(tmp_path):
     assert seen(tmp_path / ("p" * 250)) == NEW
 
 
-def test_a_place_without_room_is_refused_before_anything_is_written(tmp_path):
+def test_a_full_disk_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match=r"needs about .* MiB and its disk has"):
         Place(str(tmp_path / "out"), 1 << 60)
     assert os.listdir(tmp_path) == []
@@ -198,7 +198,7 @@ def test_killed_at_any_moment_the_place_holds_a_whole_checkpoint_at_the_next_sta
         before = seen(target)
         others = {name: text for name, text in before.items() if "/" in name or name not in OLD}
         done = subprocess.run([sys.executable, "-c", STOP, target, str(number), way, json.dumps(NEW)], cwd=ROOT, check=False)
-        if way == "exchange":  # whole at every moment, without any mending
+        if way == "exchange":  # whole at every moment, without any repair
             assert seen(target) in (before, others | NEW)
         with Place(str(target)):  # the next start
             assert seen(target) in (before, others | NEW)

@@ -232,8 +232,8 @@ def test_a_refused_target_stops_the_command_before_the_model_is_loaded(tmp_path,
 def test_a_layout_that_does_not_know_the_model_is_refused_before_anything_heavy(
     tmp_path, checkpoint_of, text_folder, run_main
 ):
-    words = [*WAYS["A_log, zero"], *prune_flags("--save", tmp_path / "out", "--save_format", "state-spaces")]
-    done = run_main([checkpoint_of("falcon_mamba"), text_folder, *words])
+    argv = [*WAYS["A_log, zero"], *prune_flags("--save", tmp_path / "out", "--save_format", "state-spaces")]
+    done = run_main([checkpoint_of("falcon_mamba"), text_folder, *argv])
     assert done.code == 2 and "--save_format" in done.stderr.splitlines()[-1]
     assert done.folder is None and not (tmp_path / "out").exists()
 

@@ -42,7 +42,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_tokenizer_json_that_is_none(tiny_checkpoint, demo_dir, case):
+def test_a_tokenizer_json_that_is_invalid(tiny_checkpoint, demo_dir, case):
     folder = tiny_checkpoint()
     (folder / "tokenizer.json").write_text(BROKEN[case](demo_dir))
     assert "tokenizer" in complaint(folder)
@@ -103,5 +103,5 @@ def test_a_state_spaces_folder_says_whose_tokenizer_it_takes(tiny_checkpoint, ca
         (folder / name).unlink()
     with caplog.at_level("INFO", logger="sparsessm"):
         assert len(load_tokenizer(checkpoint.find(str(folder)))) == 50277
-    assert f"for {folder} has none of its own" in caplog.text
+    assert f"because {folder} has none" in caplog.text
     shutil.rmtree(folder)

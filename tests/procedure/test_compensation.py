@@ -205,7 +205,7 @@ def plan(chosen):
 def test_the_preset_and_its_overrides():
     chosen = options(method="sparsessm_obs", prune_A=True, prune_layers=True, sparsity=0.5)
     assert chosen.recipe.allocation == "output"
-    assert plan(chosen).transitions.search == "greedy" and plan(chosen).weights.polish == 20
+    assert plan(chosen).transitions.search == "greedy" and plan(chosen).weights.refine_steps == 20
     assert plan(chosen).compensation == CompensationPlan(True, True, 0.1)
     plain = options(
         method="sparsessm_obs", prune_A=True, prune_layers=True, sparsity=0.5, search="independent", polish=0,
@@ -223,7 +223,7 @@ def test_the_preset_and_its_overrides():
     ("given", "says"),
     [
         ({"method": "sparsessm", "prune_A": True, "search": "greedy"}, "needs a saliency that knows"),
-        ({"method": "magnitude", "prune_layers": True, "polish": 5}, "goes on from OBS"),
+        ({"method": "magnitude", "prune_layers": True, "polish": 5}, "refines the weights of OBS"),
         ({"method": "sparsessm_obs", "prune_layers": True, "structure": "columns"}, "give --prune_A"),
         ({"method": "sparsessm_obs", "prune_layers": True, "alpha": 0.1}, "needs no --alpha"),
         ({"method": "sparsessm", "prune_layers": True, "alpha": 0.1, "compensate": "out_proj"}, "use --allocation output"),

@@ -64,7 +64,7 @@ def by_the_definition(model, windows, method):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("method", ["magnitude", "sparsessm", "sparsessm_dev", "ts_real"])
-def test_heads_go_by_the_definition(prune, tiny_windows, method, seed):
+def test_heads_are_pruned_by_the_definition(prune, tiny_windows, method, seed):
     model, windows = random_model_of("mamba2", seed=seed, **SIZES), tiny_windows(4, L)
     expected = by_the_definition(model, windows, method)
     masks = prune(model, "prune_A", windows=windows, method=method, **HALF)
@@ -163,7 +163,7 @@ def test_losses_of_states_are_those_of_sampled_steps(tiny_windows, embed):
 
 
 @pytest.mark.parametrize("method", ["structure_ts", "structure_mag", "ghost"])
-def test_states_go_by_the_definition(prune, tiny_windows, method):
+def test_states_are_removed_by_the_definition(prune, tiny_windows, method):
     model, windows = random_model_of("mamba2", **SIZES), tiny_windows(4, L)
     _, _, _, C, _, S = seen_by_hand(model, windows)
     mixer = model.backbone.layers[0].mixer
@@ -183,7 +183,7 @@ def test_states_go_by_the_definition(prune, tiny_windows, method):
     assert torch.equal(conv, torch.cat([torch.zeros(32, dtype=torch.bool), expected.repeat(4)]))
 
 
-def test_heads_go_alike_from_every_group(prune, tiny_windows):
+def test_the_same_number_of_heads_is_removed_from_every_group(prune, tiny_windows):
     model, windows = random_model_of("mamba2", **SIZES), tiny_windows(4, L)
     masks = prune(model, "prune_A", windows=windows, method="sparsessm", structure="heads", **HALF)
     assert masks["backbone.layers.0.mixer.A_log"].view(2, 4).sum(1).tolist() == [2, 2]
@@ -206,8 +206,8 @@ METHODS = [
 def test_stock_transformers_opens_what_was_saved(run_main, demo_dir, text_folder, tmp_path, method, structure):
     model = family_checkpoint(tmp_path / "in", demo_dir, "mamba2", n_groups=2, tie_word_embeddings=False)
     out = tmp_path / "out"
-    words = [model, text_folder, "--method", method, "--prune_A", "--sparsity", "0.5", "--structure", structure]
-    outcome = run_main([*words, "--seqlen", "64", "--nsamples", "4", "--save", out])
+    argv = [model, text_folder, "--method", method, "--prune_A", "--sparsity", "0.5", "--structure", structure]
+    outcome = run_main([*argv, "--seqlen", "64", "--nsamples", "4", "--save", out])
     assert outcome.code == 0, outcome.stderr
     (value,) = outcome.metrics["perplexity"].values()
     assert stock_perplexity(out, text_folder / "test.txt", 64) == pytest.approx(value, rel=1e-3)
@@ -228,9 +228,9 @@ def test_stock_transformers_opens_what_was_saved(run_main, demo_dir, text_folder
 @pytest.mark.parametrize("kind", ["mamba2", "falcon_mamba"])
 def test_the_whole_model_is_pruned_and_resumed(run_main, demo_dir, text_folder, tmp_path, kind):
     model = family_checkpoint(tmp_path / "in", demo_dir, kind)
-    words = [model, text_folder, "--method", "sparsessm_obs", "--prune_A", "--prune_layers", "--sparsity", "0.5"]
-    words += ["--seqlen", "64", "--nsamples", "4"]
-    outcome = run_main([*words, "--save", tmp_path / "out"])
+    argv = [model, text_folder, "--method", "sparsessm_obs", "--prune_A", "--prune_layers", "--sparsity", "0.5"]
+    argv += ["--seqlen", "64", "--nsamples", "4"]
+    outcome = run_main([*argv, "--save", tmp_path / "out"])
     assert outcome.code == 0, outcome.stderr
     assert outcome.metrics["sparsity"]["ssm"] == 0.5
     assert outcome.metrics["sparsity"]["layers"] == pytest.approx(0.5, abs=0.002)
@@ -244,26 +244,26 @@ def test_the_whole_model_is_pruned_and_resumed(run_main, demo_dir, text_folder, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "says"),
+    ("kind", "argv", "says"),
     [
         ("mamba2", ["--structure", "heads", "--sparsity", "0.25"], "of its 8 heads 4 can stay"),
         ("falcon_mamba", ["--structure", "heads", "--sparsity", "0.5"], "use columns"),
         ("mamba2", ["--prunen", "8", "--prunem", "16"], "--prunem 16 does not divide the 8"),
     ],
 )
-def test_what_an_architecture_cannot_hold_is_refused(run_main, demo_dir, text_folder, tmp_path, kind, words, says):
+def test_what_an_architecture_cannot_hold_is_refused(run_main, demo_dir, text_folder, tmp_path, kind, argv, says):
     model = family_checkpoint(tmp_path / "in", demo_dir, kind)
-    words = ["--method", "sparsessm", "--prune_A", *words, "--seqlen", "64", "--nsamples", "4"]
-    outcome = run_main([model, text_folder, *words])
+    argv = ["--method", "sparsessm", "--prune_A", *argv, "--seqlen", "64", "--nsamples", "4"]
+    outcome = run_main([model, text_folder, *argv])
     assert outcome.code == 2 and says in outcome.stderr
 
 
 @pytest.mark.parametrize("target", ["ssm", "mamba_block"])
-def test_the_shedder_takes_ssm_branches_and_blocks(run_main, demo_dir, text_folder, tmp_path, target):
+def test_mamba_shedder_removes_ssm_branches_and_blocks(run_main, demo_dir, text_folder, tmp_path, target):
     model = family_checkpoint(tmp_path / "in", demo_dir, "mamba2", num_hidden_layers=4)
-    words = [model, text_folder, "--method", "mamba-shedder", "--prune_A", "--sparsity", "0.5", "--shed_target", target]
-    words += ["--prune_layers"] if target == "mamba_block" else []
-    outcome = run_main([*words, "--seqlen", "64", "--nsamples", "4", "--save", tmp_path / "out"])
+    argv = [model, text_folder, "--method", "mamba-shedder", "--prune_A", "--sparsity", "0.5", "--shed_target", target]
+    argv += ["--prune_layers"] if target == "mamba_block" else []
+    outcome = run_main([*argv, "--seqlen", "64", "--nsamples", "4", "--save", tmp_path / "out"])
     assert outcome.code == 0, outcome.stderr
     (value,) = outcome.metrics["perplexity"].values()
     assert stock_perplexity(tmp_path / "out", text_folder / "test.txt", 64) == pytest.approx(value, rel=1e-3)

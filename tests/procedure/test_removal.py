@@ -22,7 +22,7 @@ from sparsessm.models.architecture import Layout
 from sparsessm.procedure.driver import Job
 from sparsessm.procedure.plan import RemovalPlan
 from sparsessm.procedure.removal import remove_parts
-from sparsessm.pruning.methods import SHED_TARGETS
+from sparsessm.pruning.methods import REMOVAL_TARGETS
 from sparsessm.runs.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,7 @@ def removals(tiny_windows, embed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("target", SHED_TARGETS)
+@pytest.mark.parametrize("target", REMOVAL_TARGETS)
 def test_every_choice_is_that_of_brute_force(tiny_model, tiny_windows, removals, target, seed):
     def make():
         return tiny_model(seed=seed, num_hidden_layers=4)
@@ -102,11 +102,11 @@ def test_every_choice_is_that_of_brute_force(tiny_model, tiny_windows, removals,
 def test_the_brute_force_cases_differ_from_counting_up(tiny_model, removals):
     """Whoever took the layers in order, or one at a time by their single costs, would not pass the test above."""
     orders = {tuple(layer for layer, _ in removals(tiny_model(seed=seed, num_hidden_layers=4), target, 0.75)[1])
-              for seed in range(3) for target in SHED_TARGETS}  # fmt: skip
+              for seed in range(3) for target in REMOVAL_TARGETS}  # fmt: skip
     assert len(orders) >= 4 and not orders & {(0, 1, 2)}
 
 
-@pytest.mark.parametrize("target", SHED_TARGETS)
+@pytest.mark.parametrize("target", REMOVAL_TARGETS)
 def test_only_layers_in_range_are_candidates(tiny_model, tiny_windows, removals, target):
     def make():
         return tiny_model(seed=1, num_hidden_layers=5)
@@ -139,8 +139,8 @@ def test_a_model_without_a_block_generates_with_its_cache(tiny_model, tiny_windo
     model = tiny_model(num_hidden_layers=4)
     Layout(model).remove_layer(1)
     prompt = tiny_windows(2, 5)
-    words = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
-    assert torch.equal(model.generate(prompt, use_cache=True, **words), model.generate(prompt, use_cache=False, **words))
+    plain = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(model.generate(prompt, use_cache=True, **plain), model.generate(prompt, use_cache=False, **plain))
 
 
 @pytest.mark.parametrize("transition", ["zero", "unit"])
@@ -180,7 +180,7 @@ def test_the_share_is_rounded_to_whole_blocks(tiny_model, removals, sparsity, co
     assert len(steps) == len(found.masks) == count == round(sparsity * 5)
 
 
-@pytest.mark.parametrize("target", SHED_TARGETS)
+@pytest.mark.parametrize("target", REMOVAL_TARGETS)
 def test_batches_and_files_do_not_matter(tiny_model, tiny_windows, removals, tmp_path, target):
     def on_disk(model, windows):
         return Stream.embed(Layout(model), windows, device="cpu", offload="disk", scratch=tmp_path, batch=3)
@@ -202,7 +202,7 @@ def test_a_removal_that_makes_the_model_diverge_is_not_taken(tiny_model, embed, 
     hook = first.out_proj.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][0, -1]))
     model(windows)
     hook.remove()
-    first.out_proj.weight[0] = -seen[0] / seen[0].square().sum()  # so out_proj puts out -1 for the first number
+    first.out_proj.weight[0] = -seen[0] / seen[0].square().sum()  # so out_proj outputs -1 for the first number
     second.in_proj.weight[:, 0] = 1e21  # u silu(z) is beyond float32 at 1, and far from it at 1e-7
     with pytest.raises(DivergenceError):
         for _ in each_layer(Layout(model), embed(model, windows), start=1):
@@ -212,14 +212,14 @@ def test_a_removal_that_makes_the_model_diverge_is_not_taken(tiny_model, embed, 
     assert steps[0][1] < 1e6
 
 
-# --- going on after an interruption --------------------------------------------------------------------------------
+# --- resuming after an interruption --------------------------------------------------------------------------------
 
 
 class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("target", SHED_TARGETS)
+@pytest.mark.parametrize("target", REMOVAL_TARGETS)
 def test_finished_steps_are_not_tried_again(tiny_model, tiny_windows, job, tmp_path, target):
     windows = tiny_windows(5, 17)
 
@@ -246,13 +246,13 @@ def test_finished_steps_are_not_tried_again(tiny_model, tiny_windows, job, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("target", SHED_TARGETS)
-def test_the_command_goes_on_where_it_was(run_main, tmp_path, text_folder, target, tiny_checkpoint):
+@pytest.mark.parametrize("target", REMOVAL_TARGETS)
+def test_the_command_resumes(run_main, tmp_path, text_folder, target, tiny_checkpoint):
     """The journal of a run with one step behind it, made by hand from the events of a whole one."""
-    words = [tiny_checkpoint(num_hidden_layers=4), text_folder, "--method", "mamba-shedder", *FLAGS[target],
+    argv = [tiny_checkpoint(num_hidden_layers=4), text_folder, "--method", "mamba-shedder", *FLAGS[target],
              "--sparsity", 0.5, "--seqlen", SEQLEN, "--nsamples", 4, "--eval_windows", 2,
              "--save", tmp_path / "out"]  # fmt: skip
-    whole = run_main(words)
+    whole = run_main(argv)
     assert whole.code == 0, whole.stderr
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     events = [json.loads(line) for line in (whole.folder / "events.jsonl").read_text().splitlines()]
@@ -274,13 +274,13 @@ def test_the_command_goes_on_where_it_was(run_main, tmp_path, text_folder, targe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", SHED_TARGETS)
+@pytest.mark.parametrize("target", REMOVAL_TARGETS)
 def test_two_processes_agree_with_one(run_main, tmp_path, target):
-    words = ["demo", "demo", "--method", "mamba-shedder", *FLAGS[target], "--sparsity", "0.5", "--seqlen", "128",
+    argv = ["demo", "demo", "--method", "mamba-shedder", *FLAGS[target], "--sparsity", "0.5", "--seqlen", "128",
              "--nsamples", "7", "--calib_batch", "2", "--eval_windows", "8"]  # fmt: skip
-    one = run_main(words)
+    one = run_main(argv)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "main.py"]
-    done = subprocess.run([*launcher, *words, "--base_dir", str(tmp_path / "two")], cwd=ROOT, capture_output=True,
+    done = subprocess.run([*launcher, *argv, "--base_dir", str(tmp_path / "two")], cwd=ROOT, capture_output=True,
                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.glob("two/default/*")
@@ -303,7 +303,7 @@ def evaluation_windows(folder, text_folder):
 
 
 @pytest.mark.parametrize("layout", ["hf", "state-spaces"])
-@pytest.mark.parametrize("target", SHED_TARGETS)
+@pytest.mark.parametrize("target", REMOVAL_TARGETS)
 def test_stock_transformers_gives_the_perplexity_that_was_reported(tmp_path, text_folder, run_main, target, layout):
     out = tmp_path / "out"
     done = run_main(["demo", text_folder, "--method", "mamba-shedder", *FLAGS[target], "--sparsity", 0.5, "--nsamples", 4,

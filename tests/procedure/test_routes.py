@@ -19,7 +19,7 @@ from sparsessm.procedure.plan import CompensationPlan, plan_of
 from sparsessm.procedure.prune import prune
 from sparsessm.pruning.methods import METHODS
 
-# Methods that choose by the sums of one pass. Where weights are refined or refitted, rounding goes on into the next choice.
+# Methods that choose by the sums of one pass. Where weights are refined or refitted, rounding affects the next choice.
 SCORED = [
     name for name, method in METHODS.items()
     if (method.prunes_A_log or method.weights) and method.compensate == "none"
@@ -70,7 +70,7 @@ def test_every_method_gives_the_same_masks_by_both_routes(demo, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("compensated", "share"), [(False, 1e-3), (True, 0.02)])
 def test_compensation_agrees_by_both_routes_but_for_what_rounding_moves(demo, compensated, share):
-    """The two phases of sparsessm_obs alone, and the whole of it, where roundings go on from layer to layer."""
+    """The two phases of sparsessm_obs alone, and the whole of it, where rounding propagates from layer to layer."""
     masks, value = pruned(demo, None, "sparsessm_obs", compensated)
     expected, by_reference = pruned(demo, "ref", "sparsessm_obs", compensated)
     entries = sum(mask.numel() for mask in masks.values())

@@ -91,7 +91,7 @@ def assert_same_solution(model, masks, layer, module, new, mask):
 
 @pytest.mark.parametrize("share", [HALF, TWO_OF_FOUR], ids=str)
 def test_obs_solves_each_linear_module_with_the_hessian_of_its_inputs(tiny_model, tiny_windows, prune, share):
-    """Layer 0 on the embeddings; layer 1 on what the pruned layer 0 puts out, itself still dense."""
+    """Layer 0 on the embeddings; layer 1 on the outputs of the pruned layer 0, itself still dense."""
     windows = tiny_windows(4, 24)
     model, reference = tiny_model(**SIZES), tiny_model(**SIZES)
     masks = prune(model, "prune_layers", method="sparsegpt", **share)

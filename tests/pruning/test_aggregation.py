@@ -43,7 +43,7 @@ def test_vote_is_a_count_of_choices_step_by_step(scores, rule):
     aggregator.update(scores, 0)
 
     votes = torch.zeros(D, N)
-    for t in range(1, L):  # the first step carries none
+    for t in range(1, L):  # the first step has no vote
         for d, n in entries_to_go(scores[t], rule):
             votes[d, n] += 1
     assert torch.equal(aggregator.scores(), -votes)
@@ -53,7 +53,7 @@ def test_vote_is_a_count_of_choices_step_by_step(scores, rule):
 
 
 def test_vote_by_hand():
-    """Each step condemns one of four; ties of the count go to the lower index."""
+    """Each step chooses one of four; ties of the count go to the lower index."""
     steps = torch.tensor([[0, 0, 0, 0], [3, 1, 2, 9], [3, 2, 1, 9], [1, 2, 3, 9], [9, 8, 7, 6]]).float().view(5, 1, 4)
     aggregator = Aggregator("vote", 5, Unstructured(0.25))
     aggregator.update(steps, 0)

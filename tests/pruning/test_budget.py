@@ -25,7 +25,7 @@ def test_curve_goes_through_what_was_measured_and_grows():
     assert curve[[80, 120, 160]] == pytest.approx([0.1, 0.2, 0.9])
     assert curve[0] == 0 and (np.diff(curve) > 0).all()
     assert curve[40] == pytest.approx(0.1 / 8)  # half the sparsity below the first: an eighth
-    assert curve[180] == pytest.approx(0.9 * 4.5**0.5)  # logarithms go on in a line: half a step of 0.2 to 0.9
+    assert curve[180] == pytest.approx(0.9 * 4.5**0.5)  # logarithms continue in a line: half a step of 0.2 to 0.9
 
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.3, 0.5, 0.8, 0.95])

@@ -31,7 +31,7 @@ def test_all_equal_scores_go_in_flat_index_order():
     assert mask.tolist() == [[True] * 4, [True, True, False, False], [False] * 4]
 
 
-def test_ties_at_the_threshold_only_fill_the_room_that_is_left():
+def test_ties_at_the_threshold_only_fill_the_count():
     scores = torch.tensor([[3.0, 1.0, 2.0, 2.0], [2.0, 0.0, 2.0, 9.0]])
     assert Unstructured(0.5)(scores).tolist() == [[False, True, True, True], [False, True, False, False]]
 

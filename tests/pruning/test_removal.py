@@ -1,4 +1,4 @@
-"""The greedy search, and the words that ask for it."""
+"""The greedy search, and the options that ask for it."""
 
 import random
 
@@ -85,7 +85,7 @@ BASE = ["demo", "demo", "--method", "mamba-shedder"]
 
 
 @pytest.mark.parametrize(
-    ("words", "target"),
+    ("argv", "target"),
     [
         (["--prune_A"], "ssm"),
         (["--prune_layers"], "mamba_block"),
@@ -94,8 +94,8 @@ BASE = ["demo", "demo", "--method", "mamba-shedder"]
         (["--prune_A", "--prune_layers", "--shed_target", "mamba_block"], "mamba_block"),
     ],
 )
-def test_what_is_removed(words, target):
-    chosen, _ = parse([*BASE, *words, "--sparsity", "0.5", "--pruned_transition", "unit"])
+def test_what_is_removed(argv, target):
+    chosen, _ = parse([*BASE, *argv, "--sparsity", "0.5", "--pruned_transition", "unit"])
     assert plan_of(chosen, ("in_proj",)) == Plan(removal=RemovalPlan(target, 0.5, "unit"))
 
 
@@ -103,12 +103,12 @@ HALF = ["--sparsity", "0.5"]
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("argv", "says"),
     [
         ([*BASE, *HALF], "give --prune_A, --prune_layers or both"),
         ([*BASE, "--prune_A"], "needs --sparsity"),
         ([*BASE, "--prune_A", "--sparsity", "1"], "must lie between 0 and 1"),
-        ([*BASE, "--prune_layers", "--shed_target", "ssm", *HALF], "goes with --prune_A"),
+        ([*BASE, "--prune_layers", "--shed_target", "ssm", *HALF], "ssm needs --prune_A"),
         ([*BASE, "--prune_A", "--prune_layers", "--shed_target", "ssm", *HALF], "without --prune_layers"),
         ([*BASE, "--prune_A", "--prune_layers", *HALF], "give --prune_layers and --shed_target mamba_block"),
         ([*BASE, "--prune_A", "--shed_target", "mamba_block", *HALF], "give --prune_layers"),
@@ -119,9 +119,9 @@ HALF = ["--sparsity", "0.5"]
         (["demo", "demo", "--method", "sparsessm", "--prune_A", *HALF, "--shed_target", "ssm"], "leave out --shed_target"),
     ],
 )
-def test_mistakes_are_named_in_one_line(words, says):
+def test_mistakes_are_named_in_one_line(argv, says):
     with pytest.raises(InputError, match=says) as caught:
-        parse(words)
+        parse(argv)
     assert "\n" not in str(caught.value)
 
 
@@ -132,20 +132,20 @@ def three_layers():
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("argv", "says"),
     [
         ([*BASE, "--prune_A", "--sparsity", "0.1"], "removes none of the 3 layers in range"),
         ([*BASE, "--prune_A", "--sparsity", "0.5", "--maxlayer", "1"], "removes none of the 1 layers in range"),
         ([*BASE, "--prune_layers", "--sparsity", "0.9"], "leaves none of the model's 3 blocks"),
     ],
 )
-def test_mistakes_that_the_config_shows(words, says, three_layers):
-    chosen, _ = parse(words)
+def test_mistakes_that_the_config_shows(argv, says, three_layers):
+    chosen, _ = parse(argv)
     with pytest.raises(InputError, match=says):
         check_model(chosen, three_layers)
 
 
 def test_all_blocks_of_a_range_and_all_ssms_may_go(three_layers):
     assert check_model(parse([*BASE, "--prune_A", "--sparsity", "0.9"])[0], three_layers) == (0, 3)
-    words = [*BASE, "--prune_layers", "--sparsity", "0.9", "--minlayer", "1"]
-    assert check_model(parse(words)[0], three_layers) == (1, 3)
+    argv = [*BASE, "--prune_layers", "--sparsity", "0.9", "--minlayer", "1"]
+    assert check_model(parse(argv)[0], three_layers) == (1, 3)

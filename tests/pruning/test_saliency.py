@@ -87,7 +87,7 @@ def test_a_registered_saliency_gets_the_sums_that_it_needs_by_their_names(regist
 
 
 @pytest.mark.parametrize(("name", "needs", "says"), [
-    ("a_log", (), "taken"), ("two words", (), "no plain word"), ("mine", ("h3",), "unknown sums h3, known are h2, abar"),
+    ("a_log", (), "taken"), ("two words", (), "not an identifier"), ("mine", ("h3",), "unknown sums h3, known are h2, abar"),
 ])  # fmt: skip
 def test_what_cannot_be_registered_is_refused(registry, name, needs, says):
     before = dict(registry)

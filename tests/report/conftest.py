@@ -29,8 +29,8 @@ def experiments(tmp_path_factory):
         "dev": ["--method", "sparsessm_dev", "--prune_A", *half, "--seed", "3"],
         "all": ["--method", "sparsessm", "--prune_A", "--prune_layers", *half, "--alpha", "0.04", "--eval_dense"],
     }
-    for name, words in runs.items():
-        assert main.main([*QUICK, *words, "--base_dir", str(base), "--experiment_name", name]) == 0
+    for name, argv in runs.items():
+        assert main.main([*QUICK, *argv, "--base_dir", str(base), "--experiment_name", name]) == 0
     (base / "stopped" / "20260101-000000").mkdir(parents=True)
     shutil.copy(next(base.glob("dense/*/options.json")), base / "stopped" / "20260101-000000")
     return base
@@ -42,7 +42,7 @@ def run_report():
     spec = importlib.util.spec_from_file_location("report_script", ROOT / "scripts" / "report.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda words: module.main([str(word) for word in words])
+    return lambda argv: module.main([str(word) for word in argv])
 
 
 @pytest.fixture

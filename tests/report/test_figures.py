@@ -63,11 +63,11 @@ def test_wide_masks_share_columns_and_deep_models_turn_the_map(tmp_path, write_r
 
 
 def test_runs_that_differ_are_other_curves_and_seeds_are_averaged(tmp_path, write_run):
-    words = {"method": "sparsessm", "prune_A": True, "sparsity": 0.5, "nsamples": 8}
+    options = {"method": "sparsessm", "prune_A": True, "sparsity": 0.5, "nsamples": 8}
     changes = [{"seed": 0}, {"seed": 1}, {"nsamples": 64}, {"nsamples": 64, "sparsity": 0.7}]
     for index, (changed, value) in enumerate(zip(changes, (10.0, 20.0, 12.0, 99.0), strict=True)):
-        write_run(tmp_path / str(index), {"perplexity": {"demo": value}}, **words | changed)
-    write_run(tmp_path / "other", {"perplexity": {"demo": 1.0}}, **words | {"eval_windows": None})  # not comparable
+        write_run(tmp_path / str(index), {"perplexity": {"demo": value}}, **options | changed)
+    write_run(tmp_path / "other", {"perplexity": {"demo": 1.0}}, **options | {"eval_windows": None})  # not comparable
     first, other = figures.perplexity_charts(read_runs(tmp_path).finished)
     lines = {line.label: line for line in first.series}
     assert lines["sparsessm, nsamples 8"].line == ((0.5, 15.0),) and len(lines["sparsessm, nsamples 8"].points) == 2
@@ -76,7 +76,7 @@ def test_runs_that_differ_are_other_curves_and_seeds_are_averaged(tmp_path, writ
     assert lines["sparsessm, nsamples 8"].style != lines["sparsessm, nsamples 64"].style
 
 
-def test_shed_layers_are_named_and_not_drawn(tmp_path, write_run):
+def test_removed_layers_are_named_and_not_drawn(tmp_path, write_run):
     folder = write_run(tmp_path / "run", method="mamba-shedder", prune_A=True, sparsity=0.5)
     names = [f"backbone.layers.{i}.mixer.A_log" for i in (1, 4)]
     save_file({name: torch.ones(4, 2, dtype=torch.bool) for name in names}, folder / "masks.safetensors")
@@ -139,9 +139,9 @@ def test_colours_can_be_read_and_told_apart():
     assert len({(look.marker, look.dash, look.colour) for look in looks}) == len(looks)
 
 
-@pytest.mark.parametrize(("value", "words"), [(67.684, "67.68"), (1234.56, "1234.6"), (2.31e7, "2.3e+07")])
-def test_perplexities_read_well(value, words):
-    assert perplexity_text(value) == words
+@pytest.mark.parametrize(("value", "shown"), [(67.684, "67.68"), (1234.56, "1234.6"), (2.31e7, "2.3e+07")])
+def test_perplexities_read_well(value, shown):
+    assert perplexity_text(value) == shown
 
 
 def test_names_are_as_short_as_they_can_be():

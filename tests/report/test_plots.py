@@ -31,11 +31,11 @@ def test_plots_take_any_name(hostile, write_run, run_report, tmp_path):
 
 
 def test_matplotlib_missing_is_said_before_anything_is_written(experiments, run_report, tmp_path, no_matplotlib, capsys):
-    words = [experiments, "-o", tmp_path / "r.html"]
-    assert run_report([*words, "--plots", tmp_path / "p"]) == 2
+    argv = [experiments, "-o", tmp_path / "r.html"]
+    assert run_report([*argv, "--plots", tmp_path / "p"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install -r requirements-plots.txt" in line and not list(tmp_path.iterdir())
-    assert run_report(words) == 0
+    assert run_report(argv) == 0
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_the_page_draws_every_picture(page):
     assert "30 % of A_log in layers 0 to 5" in text
 
 
-def test_zero_shot_and_endless_perplexity_are_told(tmp_path, capsys, run_report, write_run):
+def test_zero_shot_and_infinite_perplexity_are_shown(tmp_path, capsys, run_report, write_run):
     tasks = {"piqa": {"metric": "acc", "value": 0.6, "stderr": 0.1, "documents": 9}, "mean": {"value": 0.6, "stderr": 0.1}}
     write_run(tmp_path / "e" / "one", {"perplexity": {"demo": math.inf, "ptb": 12345.678}, "zero_shot": tasks})
     peaks = {"process": 1, "cuda": 2**31}
@@ -139,7 +139,7 @@ def test_zero_shot_and_endless_perplexity_are_told(tmp_path, capsys, run_report,
     assert (one["perplexity ptb"][1], two["perplexity ptb"][1]) == ("12345.7", "3.0e+07")
     assert one["zero\u2011shot mean"] == ["0.6", "60 %"] and two["zero\u2011shot mean"][0] == ""
     assert two["peak cuda"] == [str(2**31), "2.00 GiB"] and one["peak cuda"][0] == ""
-    assert "no finite number: one, two" in (tmp_path / "r.html").read_text()
+    assert "because it is not finite: one, two" in (tmp_path / "r.html").read_text()
 
 
 def test_nothing_that_a_file_says_becomes_markup(hostile, tmp_path, run_report):
@@ -170,7 +170,7 @@ def test_damaged_runs_are_left_out_and_named(experiments, tmp_path, capsys, run_
     assert "3 damaged runs: dev/" in (tmp_path / "r.html").read_text() and "4 left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("case", "says"), [("empty", "holds no finished run"), ("missing", "is no folder"),
+@pytest.mark.parametrize(("case", "says"), [("empty", "holds no finished run"), ("missing", "is not a folder"),
                                             ("unfinished", "1 unfinished run: stopped")])  # fmt: skip
 def test_no_run_is_one_line_and_code_2(tmp_path, capsys, case, says, run_report, write_run):
     folder = tmp_path / case
@@ -243,8 +243,8 @@ def in_browser(page, tmp_path, *flags, fragment=""):
     text = text.replace("script-src ", f"script-src 'sha256-{allowed}' ", 1)
     copy = tmp_path / "probe.html"
     copy.write_text(text.replace("</body>", f"<script>{PROBE}</script></body>"))
-    words = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, "--window-size=1366,768", "--dump-dom"]
-    done = subprocess.run([*words, copy.as_uri() + fragment], capture_output=True, text=True, timeout=120)
+    argv = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, "--window-size=1366,768", "--dump-dom"]
+    done = subprocess.run([*argv, copy.as_uri() + fragment], capture_output=True, text=True, timeout=120)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
     assert found, done.stderr[-2000:]
@@ -276,8 +276,8 @@ def test_hostile_names_run_nothing_in_a_browser(hostile, tmp_path, run_report):
     assert run_report([tmp_path / "e", "-o", target]) == 0
     if CHROMIUM is None:
         pytest.skip("there is no chromium on this machine")
-    words = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", target.as_uri()]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    argv = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", target.as_uri()]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert "<title>Pruning runs: e</title>" in done.stdout and "CONSOLE" not in done.stderr
 
 

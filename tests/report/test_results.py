@@ -34,8 +34,8 @@ def test_records_hold_what_the_files_hold(experiments):
 
 def test_commands_start_the_same_run_again(experiments):
     for record in read_runs(experiments).finished:
-        program, *words = shlex.split(record.command)
-        again, _ = options.parse(words)
+        program, *argv = shlex.split(record.command)
+        again, _ = options.parse(argv)
         assert program == "main.py"
         for name, value in record.options.items():
             if name not in options.PLACES:

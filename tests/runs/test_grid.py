@@ -1,4 +1,4 @@
-"""Which runs count as done, and how a job of many runs goes on; a small program stands in for main.py here."""
+"""Which runs count as done, and how a job of many runs resumes; a small program stands in for main.py here."""
 
 import fcntl
 import json
@@ -125,7 +125,7 @@ def test_other_runs_have_other_names():
     assert Cell("", ("org/mamba-130m hf", *DENSE[1:])).name.startswith("mamba-130m_hf-dense-")
 
 
-def test_a_folder_is_settled_to_its_full_path_and_a_name_is_left(tmp_path, monkeypatch):
+def test_a_folder_is_resolved_to_its_full_path_and_a_name_is_left(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "demo", "wikitext2"):
         (tmp_path / name).mkdir()
@@ -170,7 +170,7 @@ def test_the_newest_run_that_can_go_on_is_taken(tmp_path):
 
 def test_every_run_is_done_once(stage):
     cells = [stage.cell(0), stage.cell(1)]
-    assert fill([*cells, Cell("again", cells[0].words)], stage.base) == {}
+    assert fill([*cells, Cell("again", cells[0].argv)], stage.base) == {}
     assert stage.seeds == [0, 1]
     before = snapshot(stage.base)
     assert fill(cells, stage.base) == {}
@@ -180,7 +180,7 @@ def test_every_run_is_done_once(stage):
 
 def test_a_failure_is_named_and_stops_nothing(stage):
     refused, failing, good = Cell("refused", (*PRUNED, "--nonsense")), stage.cell(0, "fail"), stage.cell(1)
-    same = Cell("the same run in another table", failing.words)
+    same = Cell("the same run in another table", failing.argv)
     failures = fill([refused, failing, good, same], stage.base)
     assert stage.seeds == [0, 1] and finished(good, stage.base)
     assert failures.keys() == {refused, failing, same}
@@ -312,7 +312,7 @@ def test_devices_are_the_gpus_that_this_process_sees():
     assert grid.device_names(2, "3,GPU-6f") == ["3", "GPU-6f"]
 
 
-def test_mistakes_are_the_users_to_mend(stage):
+def test_mistakes_are_input_errors(stage):
     with pytest.raises(InputError, match="--workers must be at least 1"):
         fill([stage.cell(0)], stage.base, workers=0)
     stage.base.write_text("a file")

@@ -1,4 +1,4 @@
-"""The paper's tables by one command: which runs they ask for, what their files say, and that a job goes on."""
+"""The paper's tables by one command: which runs they ask for, what their files say, and that a job resumes."""
 
 import csv
 import json
@@ -121,9 +121,9 @@ def test_changes_reach_the_runs(text_folder, tmp_path):
     assert chosen["sparsessm"].nsamples == 4 and chosen["dense"].nsamples == 128  # which draws none
     elsewhere = cells_of("ssm_50", models=["demo"], dataset=["ptb"], ppl_datasets=["wikitext2", "c4"])
     assert (elsewhere["dense"].dataset, elsewhere["dense"].ppl_datasets) == ("ptb", ("wikitext2", "c4"))
-    further = cells_of("ssm_50", models=["demo"], words=["--pruned_transition", "unit", "--data_dir", str(tmp_path)])
+    further = cells_of("ssm_50", models=["demo"], argv=["--pruned_transition", "unit", "--data_dir", str(tmp_path)])
     assert further["sparsessm"].pruned_transition == "unit" and further["dense"].data_dir == str(tmp_path)
-    assert cells_of("ssm_50", models=["demo"], words=["--eval_zero_shot"])["sparsessm"].eval_zero_shot
+    assert cells_of("ssm_50", models=["demo"], argv=["--eval_zero_shot"])["sparsessm"].eval_zero_shot
     assert list(cells_of("sparsity", only=["dense", "magnitude"]))[:2] == ["dense", "magnitude, sparsity 0.1"]
     assert set(cells_of("n_of_m", models=["demo"], only=["ts_semi"])) == {"A_log 2:4, ts_semi", "A_log 4:8, ts_semi"}
     texts = ["demo", str(text_folder)]
@@ -144,9 +144,9 @@ def test_seeds_repeat_the_runs_that_prune():
         ("ssm_51", {}, "there is no table ssm_51; there are: .*ssm_50"),
         ("ssm_50", {"only": ["magnitud"]}, "no row magnitud; it has: dense, magnitude"),
         ("ssm_50", {"dataset": ["ptb", "c4"]}, "give --dataset one name"),
-        ("ssm_50", {"words": ["--save", "x"]}, "--save would send all runs"),
-        ("ssm_50", {"words": ["--base_dir=x"]}, "--base_dir=x would send all runs"),
-        ("ssm_50", {"words": ["--sparsty", "0.1"]}, "unrecognized arguments: --sparsty"),
+        ("ssm_50", {"argv": ["--save", "x"]}, "--save would send all runs"),
+        ("ssm_50", {"argv": ["--base_dir=x"]}, "--base_dir=x would send all runs"),
+        ("ssm_50", {"argv": ["--sparsty", "0.1"]}, "unrecognized arguments: --sparsty"),
         ("nsamples", {"flags": {"nsamples": 8}}, "nsamples varies --nsamples itself"),
     ],
 )
@@ -279,7 +279,7 @@ def test_other_settings_than_the_published_ones_are_said_where_figures_are_compa
 def test_a_mean_over_other_tasks_is_not_compared_with_the_published_average(tmp_path):
     model = tmp_path / "mamba-130m"
     model.mkdir()
-    lines = entries(paper.load("ssm_50"), Changes(models=[str(model)], only=["dense"], words=["--eval_zero_shot"]))
+    lines = entries(paper.load("ssm_50"), Changes(models=[str(model)], only=["dense"], argv=["--eval_zero_shot"]))
     scores = {"mine": {"value": 0.25}, "piqa": {"value": 0.75}, "mean": {"value": 0.5}}
     leave_run(tmp_path, lines[0].cells[0], {"wikitext2": 1.0}, scores)
     filled = paper.fill_in(paper.load("ssm_50"), lines, tmp_path, {})
@@ -391,7 +391,7 @@ def test_sigterm_ends_the_running_child_and_the_table_says_what_is_there(tmp_pat
         time.sleep(0.01)
     process.terminate()
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; the same command goes on" in err
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; the same command continues" in err
     assert not list(base.glob("*/*/metrics.json"))
     assert not list(base.glob("demo-magnitude-*"))
     with (base / "tables" / "ssm_50.csv").open() as stream:

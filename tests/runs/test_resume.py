@@ -1,4 +1,4 @@
-"""A run that is killed goes on where it was and ends with the bytes of an undisturbed one; processes share a job."""
+"""A killed run resumes and ends with the bytes of an uninterrupted one; processes share a job."""
 
 import hashlib
 import json

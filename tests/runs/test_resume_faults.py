@@ -97,7 +97,7 @@ def test_options_are_checked_as_those_of_the_command_line(interrupted, resume, c
     folder = interrupted()
     edit(folder, **EDITS[case])
     line = resume(folder)
-    assert "options.json was edited" in line and "start the run anew" in line
+    assert "options.json was edited" in line and "start a new run" in line
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_names_that_are_no_options(interrupted, resume):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 5000])
-def test_options_that_are_none(interrupted, resume, text):
+def test_options_that_are_invalid(interrupted, resume, text):
     folder = interrupted()
     (folder / "options.json").write_text(text)
     assert "options.json" in resume(folder)
@@ -167,7 +167,7 @@ def test_a_layer_that_was_damaged_is_named(interrupted, resume, case):
      ("sensitivity-0000.json", '{"in_proj": 1.0, "out_proj": NaN}'), ("sensitivity-0000.json", "7"),
      ("model.json", "[" * 5000)],
 )  # fmt: skip
-def test_figures_that_are_none_are_named(interrupted, resume, name, text):
+def test_figures_that_are_invalid_are_named(interrupted, resume, name, text):
     folder = interrupted(after=9)
     assert (folder / "layers" / name).is_file()
     (folder / "layers" / name).write_text(text)

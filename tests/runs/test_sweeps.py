@@ -103,7 +103,7 @@ def test_the_words_of_the_command_reach_the_runs(tmp_path):
     text = """{method: grid, command: ["${env}", "${interpreter}", "${program}", --log_wandb, --dtype, float32, "${args}"],
                parameters: {model_path: {value: demo}, dataset: {value: demo}}}"""
     sweep = sweeps.load(sweep_file(tmp_path, text))
-    assert sweep.cells[0].words == ("--dtype", "float32", "--model_path=demo", "--dataset=demo")
+    assert sweep.cells[0].argv == ("--dtype", "float32", "--model_path=demo", "--dataset=demo")
     assert (sweep.name, sweep.cells[0].label, sweep.varied) == ("mine", "mine", ())
 
 
@@ -119,9 +119,9 @@ def test_the_words_of_the_command_reach_the_runs(tmp_path):
         ("{method: grid, parameters: {module: {value: null}}}", [], "a value of module is None"),
         ("{method: grid, parameters: {model_path: {value: demo}}}", [], "give a MODEL and a DATASET"),
         ("{method: grid, parameters: {modle: {value: demo}}}", [], "unrecognized arguments: --modle=demo"),
-        ("{method: grid, parameters: {seed: {value: 0}}}", ["seed"], "--set seed is no NAME=VALUE"),
-        ("{method: grid, parameters: {seed: {value: 0}}}", ["seed="], "--set seed= is no NAME=VALUE"),
-        ("{method: grid, parameters: {seed: {value: 0}}}", ["seed=[1"], "--set seed=.1 is no NAME=VALUE"),
+        ("{method: grid, parameters: {seed: {value: 0}}}", ["seed"], "--set seed is not NAME=VALUE"),
+        ("{method: grid, parameters: {seed: {value: 0}}}", ["seed="], "--set seed= is not NAME=VALUE"),
+        ("{method: grid, parameters: {seed: {value: 0}}}", ["seed=[1"], "--set seed=.1 is not NAME=VALUE"),
     ],
 )
 def test_mistakes_in_a_sweep_are_named(tmp_path, text, changes, message):
@@ -151,7 +151,7 @@ def test_the_command_counts_and_names_mistakes(capsys, tmp_path):
     assert sweep_local.main([file, "--count", "--set", "aggregate=[vote, sum]", "--set", "seqlen=64"]) == 0
     assert capsys.readouterr().out == "4\n"
     assert sweep_local.main([file, "--index", "12", "--base_dir", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "error: --index 12 is no point of aggregation: it has 0 to 11\n"
+    assert capsys.readouterr().err == "error: --index 12 is not a point of aggregation: it has 0 to 11\n"
     assert sweep_local.main([str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none.yaml'} cannot be read as a sweep")
     assert sweep_local.main([file, "--workers", "two"]) == 2
