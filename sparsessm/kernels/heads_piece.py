@@ -214,7 +214,7 @@ def norm_piece(sample, first, last, steps, channels, size, epsilon, stride, y, z
                 put(out, to + c, width, q)
                 total = fma(q, q, total)
             store(squares, 0, total)
-            r = fill(1.0 / math.sqrt(squares.sum() / size + epsilon))
+            r = fill(1.0) / fill(math.sqrt(squares.sum() / size + epsilon))
             for c in range(group, group + size, LANES):
                 width = min(LANES, group + size - c)
                 put(out, to + c, width, take(out, to + c, width) * r * take(weight, c, width))
