@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparsessm.errors import DivergenceError
+from sparsessm.kernels.likelihood import negative_log_likelihood
 from sparsessm.layerwise import distributed
 from sparsessm.layerwise.layer import each_layer
 from sparsessm.layerwise.stream import Stream
@@ -75,5 +75,5 @@ def stream_loss(layout: Layout, stream: Stream, windows: Tensor) -> Tensor:
             hidden = stream.hidden[rows, :].to(stream.device)[:, :-1].flatten(0, 1)  # (B,L,M) -> (B*(L-1),M)
             targets = windows[rows].to(stream.device)[:, 1:].flatten()
             for part, target in zip(hidden.split(at_once), targets.split(at_once), strict=True):
-                loss += F.cross_entropy(layout.leave(part).float(), target, reduction="none").double().sum()
+                loss += negative_log_likelihood(layout.leave(part), target).sum()
     return loss
