@@ -137,7 +137,7 @@ def prune(
     check_parity(layout, "the model", where)
     history = _histories[model] if model in _histories else read_history(None, layout)
     ledger = Ledger(layout, history)
-    plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.module))
+    plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
 
     def embed() -> Stream:
         return Stream.embed(

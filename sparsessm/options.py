@@ -34,6 +34,8 @@ from sparsessm.pruning.saliency import SALIENCIES
 
 # What --target_modules takes; models.architecture says what they are.
 MODULE_KINDS = ("nn.Linear", "nn.Conv1d")
+# What --parts takes; models.architecture says what they are.
+MODULE_PARTS = ("mixer", "attention", "mlp")
 
 # Options that only set paths: the saved files do not depend on them.
 PLACES = ("save", "overwrite", "experiment_name", "base_dir", "log_wandb", "offload", "memory_budget")
@@ -109,6 +111,9 @@ class Options:
 
     target_modules: tuple[str, ...] = _option(
         MODULE_KINDS, "types of modules to prune", nargs="+", choices=MODULE_KINDS
+    )
+    parts: tuple[str, ...] = _option(
+        MODULE_PARTS, "parts of layers whose modules are pruned", nargs="+", choices=MODULE_PARTS
     )
     module: str | None = _option(None, "prune the weights of this one module of each layer, by name, as in_proj")
     alpha: float = _option(0.0, "spread of sparsities by sensitivity: from p-alpha to p+alpha", type=float)

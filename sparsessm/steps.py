@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from sparsessm.corpora import text
 from sparsessm.errors import InputError, NumericalError
 from sparsessm.layerwise import distributed
+from sparsessm.layerwise.layer import Layer
 from sparsessm.layerwise.parity import check_parity
 from sparsessm.layerwise.stream import Stream
 from sparsessm.metrics import zero_shot
@@ -136,7 +137,7 @@ class Steps:
             shares = self.ledger.shares(history.counts_of(self.history.masks))
             told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share)
             logger.info("pruned before (%s): %s was pruned; it stays pruned, and counts", self.history, told)
-        self.plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.module))
+        self.plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
         self._check_rest(layout, first, stop)
         if chosen.save and distributed.is_main():
             self.place = Place(chosen.save, saving.size_needed(model))
@@ -145,15 +146,13 @@ class Steps:
 
     def _check_rest(self, layout: Layout, first: int, stop: int) -> None:
         """Refuses a sparsity that all named parameters have already."""
-        plan, names = self.plan, []
-        if plan.transitions and plan.transitions.pattern.spreads:
-            names.append("A_log")
-        if plan.weights and plan.weights.pattern.spreads:
-            names += [f"{module}.weight" for module in plan.weights.modules]
-        full = {
-            f"{layout.layer_name(index)}.{path}.{name}"
-            for index in range(first, stop) if (path := layout.mixer_path(layout.layers[index])) for name in names
-        }  # fmt: skip
+        plan, full = self.plan, set()
+        for index in range(first, stop):
+            layer = Layer(layout, index, layout.layers[index])
+            if plan.transitions and plan.transitions.pattern.spreads and layer.has_mixer:
+                full.add(layer.full_name("A_log"))
+            if plan.weights and plan.weights.pattern.spreads:
+                full |= {layer.full_name(f"{module}.weight") for module in layer.those(plan.weights.modules)}
         refusal = history.already_pruned(self.history, layout.model, full, self.chosen.share) if full else None
         if refusal:
             raise InputError(refusal)

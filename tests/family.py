@@ -6,9 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, FalconMambaConfig, Mamba2Config, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BambaConfig,
+    FalconH1Config,
+    FalconMambaConfig,
+    GraniteMoeHybridConfig,
+    JambaConfig,
+    Mamba2Config,
+    MambaConfig,
+    NemotronHConfig,
+    Zamba2Config,
+)
 
 TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+HEADS = {"mamba_n_heads": 8, "mamba_d_head": 4, "mamba_d_state": 6, "mamba_chunk_size": 8}
+MAMBA, FULL = "linear_attention", "full_attention"
 COMMON = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, **TOKENS}
 CONFIGS: dict[str, Any] = {
     "mamba": lambda **sizes: MambaConfig(**{"state_size": 6, "time_step_rank": 3, **sizes}),
@@ -17,7 +32,55 @@ CONFIGS: dict[str, Any] = {
         **{"state_size": 6, "num_heads": 8, "head_dim": 4, "n_groups": 1, "chunk_size": 8}
         | {"tie_word_embeddings": True, **sizes}
     ),
+    "nemotron_h": lambda **sizes: NemotronHConfig(
+        **{"layers_block_type": [MAMBA, "mlp", FULL, MAMBA], "ssm_state_size": 6, "mamba_num_heads": 8}
+        | {"mamba_head_dim": 4, "n_groups": 1, "chunk_size": 8, "head_dim": 4, **ATTENTION, **sizes}
+        | {"num_hidden_layers": len(sizes.get("layers_block_type", "four"))}
+    ),
+    "bamba": lambda **sizes: BambaConfig(**{"attn_layer_indices": [1], **HEADS, **ATTENTION, **sizes}),
+    "granitemoehybrid": lambda **sizes: GraniteMoeHybridConfig(
+        **{"layer_types": [MAMBA, FULL, MAMBA], "num_local_experts": 0, "shared_intermediate_size": 24}
+        | {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0, "attention_multiplier": 0.3}
+        | {**HEADS, **ATTENTION, **sizes, "num_hidden_layers": len(sizes.get("layer_types", "two"))}
+    ),
+    "falcon_h1": lambda **sizes: FalconH1Config(
+        **{"mamba_d_ssm": 32, "ssm_multipliers": [0.7, 1.2, 0.9, 1.1, 0.8], "mlp_multipliers": [0.8, 1.3]}
+        | {"ssm_in_multiplier": 1.4, "ssm_out_multiplier": 0.6, "attention_in_multiplier": 1.1, "key_multiplier": 0.7}
+        | {"attention_out_multiplier": 0.8, "embedding_multiplier": 2.0, "lm_head_multiplier": 0.5}
+        | {**HEADS, **ATTENTION, **sizes}
+    ),
+    "zamba2": lambda **sizes: Zamba2Config(
+        **{"layers_block_type": [MAMBA, "hybrid", MAMBA, "hybrid"], "num_mem_blocks": 1, "mamba_ngroups": 1}
+        | {"n_mamba_heads": 8, "mamba_d_state": 6, "chunk_size": 8, **ATTENTION, "num_key_value_heads": 4}
+        | {"use_shared_attention_adapter": True, "adapter_rank": 3, "use_mem_rope": True, **sizes}
+        | {"num_hidden_layers": len(sizes.get("layers_block_type", "four"))}
+    ),
+    "jamba": lambda **sizes: JambaConfig(
+        **{"mamba_d_state": 6, "mamba_dt_rank": 3, "attn_layer_period": 2, "attn_layer_offset": 1}
+        | {"num_experts": 4, "expert_layer_period": 2, "expert_layer_offset": 1, **ATTENTION, **sizes}
+    ),
 }
+HYBRIDS = ("nemotron_h", "bamba", "granitemoehybrid", "falcon_h1", "zamba2", "jamba")
+# A second configuration of each hybrid: other groups, norms, biases, experts, and orders of layers.
+OTHERS: dict[str, dict[str, Any]] = {
+    "nemotron_h": {
+        "layers_block_type": [FULL, MAMBA, "moe", MAMBA, "mlp"], "n_groups": 4, "use_bias": True, "mlp_bias": True,
+        "time_step_min": 0.2, "moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 12,
+        "n_routed_experts": 4, "use_conv_bias": False, "tie_word_embeddings": True,
+    },
+    "bamba": {"attn_layer_indices": [0], "mamba_n_groups": 2, "mamba_proj_bias": True, "mlp_bias": True,
+              "time_step_limit": (0.05, 0.4), "num_hidden_layers": 3, "tie_word_embeddings": True},
+    "granitemoehybrid": {"layer_types": [FULL, MAMBA, MAMBA, FULL], "mamba_n_groups": 4, "num_local_experts": 4,
+                         "position_embedding_type": "rope", "mamba_conv_bias": False, "tie_word_embeddings": True},
+    "falcon_h1": {"mamba_n_groups": 2, "mamba_rms_norm": True, "mamba_norm_before_gate": True, "projectors_bias": True,
+                  "attention_bias": True, "mamba_proj_bias": True},
+    "zamba2": {"layers_block_type": ["hybrid", MAMBA, MAMBA, "hybrid", "hybrid"], "num_mem_blocks": 2, "mamba_ngroups": 2,
+               "add_bias_linear": True, "use_shared_attention_adapter": False, "use_mem_rope": False},
+    "jamba": {"num_hidden_layers": 3, "attn_layer_offset": 0, "num_experts": 1, "mamba_proj_bias": True,
+              "mamba_conv_bias": False, "tie_word_embeddings": True},
+}  # fmt: skip
+GATE_FIRST = {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_n_groups": 4}
+VARIANTS = [(kind, {}) for kind in HYBRIDS] + [*OTHERS.items(), ("falcon_h1", GATE_FIRST)]
 
 
 def random_model_of(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> torch.nn.Module:

@@ -2,7 +2,7 @@
 
 import torch
 
-from sparsessm.layerwise.layer import Visit, visit
+from sparsessm.layerwise.visit import Visit, visit
 from sparsessm.models.mamba1 import Mamba1Mixer
 from sparsessm.pruning.methods import PRUNED_A_LOG
 

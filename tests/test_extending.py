@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sparsessm.models.architecture import ARCHITECTURES, Layout
+from sparsessm.models.architecture import Layout
+from sparsessm.models.family import ARCHITECTURES
 from sparsessm.procedure.rules import RULES
 from sparsessm.pruning.methods import METHODS
 from sparsessm.pruning.saliency import SALIENCIES
@@ -49,7 +50,7 @@ def test_a_new_architecture_is_one_row_and_one_mixer(names):
     assert names["model"].config.states == 4
     assert names["model"].stack[1].ssm.A_log.shape == (16, 4)
     assert int(names["result"].masks["stack.1.ssm.A_log"].sum()) == 16 * 4
-    assert Layout(names["model"]).parts()["stack.1.ssm.select.weight"] == "layers"
+    assert Layout(names["model"]).parts()["stack.1.ssm.select.weight"] == ("layers",)
 
 
 @pytest.fixture

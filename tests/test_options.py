@@ -27,7 +27,7 @@ with torch.device("meta"):
 
 def plan(argv):
     chosen = parse(argv)
-    return plan_of(chosen, SMALL.targets(chosen.target_modules, chosen.module))
+    return plan_of(chosen, SMALL.targets(chosen.target_modules, chosen.parts, chosen.module))
 
 
 BASE = ["demo", "demo"]

@@ -7,9 +7,9 @@ at once: the mixer keeps a cache of its last inputs and its state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,74 +23,9 @@ from sparsessm.layerwise import distributed
 from sparsessm.layerwise.memory import DiskTensor
 from sparsessm.layerwise.statistics import Accumulator, CrossGram
 from sparsessm.layerwise.stream import Stream
-from sparsessm.models.architecture import Call, Layout, standing_in
+from sparsessm.layerwise.visit import NO_CALL, Visit, visit
+from sparsessm.models.architecture import ENTERED, Call, Layout, Module
 from sparsessm.models.mixer import Cache, Hooks, Mixer
-
-NO_CALL = Call()
-
-
-class _Enough(Exception):
-    """Ends the forward of a layer once its hooks have what they need."""
-
-
-@dataclass
-class Visit:
-    """The results of one run of a layer over a piece of some windows.
-
-    Attributes:
-        inputs: of the scan. conv, state: for the next piece, see models.mixer.Cache. y: what the mixer's last module gets.
-        out: (B,L,M), the residual stream after the layer. All are tensors, or None where the run ended before.
-    """
-
-    inputs: Any = None
-    conv: Any = None
-    state: Any = None
-    y: Any = None
-    out: Any = None
-
-    @property
-    def cache(self) -> Cache:
-        return Cache(self.conv, self.state)
-
-
-def visit(
-    module: nn.Module,
-    mixer: Mixer | None,
-    hidden: Tensor,
-    *,
-    call: Call = NO_CALL,
-    cache: Cache | None = None,
-    hooks: Hooks | None = None,
-    statistics: Any = None,
-    kept: tuple[Any, Tensor] | None = None,
-    until: str = "end",
-) -> Visit:
-    """Runs a stock layer with our mixer in it.
-
-    Args:
-        hidden: (B,L,M) residual stream. cache: after the piece before, None at the start of a window.
-        hooks: called with the inputs of the mixer's modules they are named after. statistics: for the scan to add to.
-        kept: inputs and conv of an earlier visit, which are then not computed again.
-        until: "inputs" of the scan, "scan", or "end".
-    """
-    seen, hooks = Visit(), hooks or {}
-
-    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        assert mixer is not None  # it stands in for one
-        seen.inputs, seen.conv = kept or mixer.prepare(x, None if cache is None else cache.conv, hooks)
-        if until == "inputs":
-            raise _Enough
-        seen.y, seen.state = mixer.scan(seen.inputs, None if cache is None else cache.state, statistics)
-        if mixer.MODULES[-1] in hooks:
-            hooks[mixer.MODULES[-1]](seen.y)
-        if until == "scan":
-            raise _Enough
-        return mixer.project(seen.y)
-
-    with suppress(_Enough), nullcontext() if mixer is None else standing_in(mixer.module, forward):
-        out = module(hidden, *call.arguments, **call.keywords)
-        seen.out = out[0] if isinstance(out, tuple) else out
-    return seen
 
 
 class _Caches:
@@ -127,16 +62,24 @@ class Layer:
         index: in the model. module: the stock layer. modules: what can be pruned, by name.
     """
 
-    def __init__(self, layout: Layout, index: int, module: nn.Module, stream: Stream | None = None) -> None:
+    def __init__(
+        self, layout: Layout, index: int, module: nn.Module, stream: Stream | None = None,
+        modules: Mapping[str, Module] | None = None,
+    ) -> None:  # fmt: skip
         self.layout, self.index, self.module, self._stream = layout, index, module, stream
-        self._mixer, self.modules = layout.mixer(module), layout.modules(module)
-        self.advanced = False
-        self._prefix = f"{layout.layer_name(index)}.{layout.mixer_path(module)}."
+        self._mixer = layout.mixer(module)
+        self.modules = layout.modules(module) if modules is None else modules
+        self.advanced, self._whole = False, layout.whole_windows(module)
+        self._prefix, self._in_mixer = f"{layout.layer_name(index)}.", f"{layout.mixer_path(module)}."
         self._kept: dict[tuple[int, int], tuple[Any, Tensor]] = {}  # ScanInputs, conv; by first step and first window
 
     def copy(self, module: nn.Module, stream: Stream | None = None) -> Layer:
         """The same layer with another module, on this stream or another."""
-        return Layer(self.layout, self.index, module, self._stream if stream is None else stream)
+        return Layer(self.layout, self.index, module, self._stream if stream is None else stream, self.modules)
+
+    @property
+    def has_mixer(self) -> bool:
+        return self._mixer is not None
 
     @property
     def mixer(self) -> Mixer:
@@ -157,16 +100,28 @@ class Layer:
         """A_log as a matrix (rows,cols) float32, a view of the parameter."""
         return self.mixer.A_log
 
+    def _path(self, name: str) -> str:
+        """Where a parameter is in the layer: a weight by the name of its module, others by their name in the mixer."""
+        module = self.modules.get(name.removesuffix(".weight"))
+        return self._in_mixer + name if module is None else f"{module.path}.weight"
+
     def full_name(self, name: str) -> str:
-        """The name in the checkpoint of a parameter of the mixer."""
-        return self._prefix + name
+        """The name in the checkpoint of a parameter, see `_path`."""
+        return self._prefix + self._path(name)
 
     def short_name(self, name: str) -> str:
-        """The name within the mixer of a full name."""
-        return name.removeprefix(self._prefix)
+        """The name of a parameter here by its full name."""
+        path = name.removeprefix(self._prefix)
+        ours = (f"{own}.weight" for own, module in self.modules.items() if path == f"{module.path}.weight")
+        return next(ours, path.removeprefix(self._in_mixer))
 
     def parameter(self, name: str) -> nn.Parameter:
-        return self.mixer.module.get_parameter(name)
+        return self.module.get_parameter(self._path(name))
+
+    def those(self, modules: Iterable[str]) -> list[str]:
+        """The modules among these that this layer has, in the order in which data meets them."""
+        wanted = set(modules)
+        return [name for name in self.modules if name in wanted]
 
     def weight(self, module: str) -> Tensor:
         """The weight of a module that can be pruned; to be read, not written."""
@@ -204,9 +159,10 @@ class Layer:
         """
         self._kept.clear()  # the hooks want to see all of the layer
         hooks = {name: accumulator.update for name, accumulator in accumulators.items()}
-        # what comes before the last module is all that its own input needs
-        last = self.mixer.MODULES[-1]
-        self._pass(hooks, keep_outputs=advance, until="end" if advance else "scan" if last in hooks else "inputs")
+        until = "end"
+        if not advance and self._mixer is not None and hooks.keys() <= set(self._mixer.MODULES):
+            until = "scan" if self._mixer.MODULES[-1] in hooks else "inputs"  # all that the modules' own inputs need
+        self._pass(hooks, keep_outputs=advance, until=until)
         for accumulator in accumulators.values():
             distributed.all_sum(*accumulator.tensors())
 
@@ -222,7 +178,7 @@ class Layer:
         entry is (ScanStatistics).
         """
         stream, mixer, left = self.stream, self.mixer, self.stream.budget
-        pieces, caches = stream.pieces(), _Caches(stream)
+        pieces, caches = self._pieces(), _Caches(stream)
         for steps in pieces:
             statistics = mixer.scan_statistics(
                 needs, steps.stop - steps.start, stream.device, effect=effect, structure=structure
@@ -247,17 +203,17 @@ class Layer:
         before this layer lacks to that. All processes see the sums of all.
         """
         self._kept.clear()
-        weight = dense.weight(self.mixer.MODULES[-1])
+        weight, gain = dense.weight(self.mixer.MODULES[-1]), self.layout.gain(self.module)
         for rows in self.stream.batches():
             caches: list[Cache | None] = [None, None]
-            for steps in self.stream.pieces():
+            for steps in self._pieces():
                 hidden = [layer.stream.hidden[rows, steps].to(layer.stream.device) for layer in (self, dense)]
                 last = []
                 for i, layer in enumerate((self, dense)):
                     seen = layer._visit(rows, steps, hidden[i], cache=caches[i], until="scan")
                     last.append(seen.y)
                     caches[i] = seen.cache
-                gram.update(last[0], linear(last[1], weight) + (hidden[1] - hidden[0]))
+                gram.update(last[0], linear(last[1], weight) + (hidden[1] - hidden[0]) / gain)
         distributed.all_sum(*gram.tensors())
 
     @torch.no_grad()
@@ -268,7 +224,7 @@ class Layer:
         sums = torch.zeros(2, dtype=SUM_DTYPE, device=stream.device)  # of the difference, of the stream
         for rows in stream.batches()[:1]:
             caches: list[Cache | None] = [None, None]
-            for steps in stream.pieces():
+            for steps in self._pieces():
                 hidden = stream.hidden[rows, steps].to(stream.device)
                 out = []
                 for i, layer in enumerate((self, other)):
@@ -299,9 +255,10 @@ class Layer:
         finite = torch.ones((), dtype=torch.bool, device=stream.device)
         for rows in stream.batches():
             cache = None
-            for steps in stream.pieces():
+            for steps in self._pieces():
                 kept = self._kept.pop((steps.start, rows.start), None)
-                seen = self._visit(rows, steps, cache=cache, hooks=hooks, kept=kept, until=until)
+                with self._listening(hooks):
+                    seen = self._visit(rows, steps, cache=cache, hooks=hooks, kept=kept, until=until)
                 cache = seen.cache
                 if keep_outputs:
                     finite &= torch.isfinite(torch.stack(torch.aminmax(seen.out))).all()
@@ -315,22 +272,40 @@ class Layer:
             hidden = self.stream.hidden[rows, steps].to(self.stream.device)
         return visit(self.module, self._mixer, hidden, call=self._call(rows, steps), **how)
 
+    @contextmanager
+    def _listening(self, hooks: Hooks) -> Iterator[None]:
+        """Has the inputs of modules outside the mixer shown to their hooks for a while, (B,L,cols) or (1,tokens,cols)."""
+        with ExitStack() as stack:
+            for name in hooks:
+                if self.modules[name].part != "mixer":
+                    module = self.module.get_submodule(self.modules[name].path)
+                    stack.callback(module.register_forward_pre_hook(partial(_show, hooks[name])).remove)
+            yield
+
+    def _pieces(self) -> list[slice]:
+        """The pieces of a window: one where the layer has to see it whole."""
+        return [slice(0, self.stream.hidden.shape[1])] if self._whole else self.stream.pieces()
+
     def _call(self, rows: slice, steps: slice) -> Call:
         """How the model calls this layer, cut to some steps."""
         calls, L = self.stream.calls.get(rows.stop - rows.start), self.stream.hidden.shape[1]
         if calls is None:
             return NO_CALL
         call = calls[self.index]
-        if steps.stop - steps.start == L:
-            return call
 
         def cut(x: Any) -> Any:
             """Cuts the axis of time, first or second, of what has one."""
-            if not isinstance(x, Tensor) or L not in x.shape[:2]:
+            if x is ENTERED:
+                return self.stream.entered[rows, steps].to(self.stream.device)
+            if not isinstance(x, Tensor) or steps.stop - steps.start == L or L not in x.shape[:2]:
                 return x
             return x[:, steps] if x.dim() > 1 and x.shape[1] == L else x[steps]
 
         return Call(*tree_map(cut, (call.arguments, dict(call.keywords))))
+
+
+def _show(hook: Callable[[Tensor], None], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    hook(inputs[0] if inputs[0].dim() == 3 else inputs[0].flatten(0, -2)[None])
 
 
 @torch.no_grad()

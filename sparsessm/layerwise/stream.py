@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparsessm.errors import InputError
 from sparsessm.layerwise import distributed
 from sparsessm.layerwise.memory import DiskTensor, allocate, default_budget
 from sparsessm.models.architecture import Call, Layout
@@ -37,6 +38,7 @@ class Stream:
         total: windows in all processes together.
         budget: bytes that a layer may keep of what it has computed for its second pass.
         calls: how each layer is called, by the number of windows in a batch.
+        entered: what entered the first layer, of models whose later layers read it again; (0,) of others.
         gone: by parameter name, True where an entry was pruned before this run (models.history).
         steps: time steps that a layer processes together.
     """
@@ -47,6 +49,7 @@ class Stream:
     total: int
     budget: int
     calls: dict[int, list[Call]] = field(default_factory=dict)
+    entered: Tensor | DiskTensor = field(default_factory=lambda: torch.empty(0))
     gone: Mapping[str, Tensor] = field(default_factory=dict)
     steps: int = STEPS_AT_ONCE
 
@@ -80,7 +83,16 @@ class Stream:
         for rows in stream.batches():
             entered, calls = layout.enter(mine[rows].to(layout.home))
             hidden[rows, :] = entered.to(dtype)
-            stream.calls.setdefault(rows.stop - rows.start, [call.to(device) for call in calls])
+            if any(call.reads_entered() for call in calls):
+                if not rows.start:
+                    stream.entered = stream.beside(entered.shape[1], width, dtype)
+                stream.entered[rows, :] = entered.to(dtype)
+            known = stream.calls.setdefault(rows.stop - rows.start, [call.to(device) for call in calls])
+            if any(not old.equals(new.to(device)) for old, new in zip(known, calls, strict=True)):
+                raise InputError(
+                    f"the layers of this {layout.model.config.model_type} model get arguments that depend on the text in a "
+                    "way that is not known here: pruning it would measure another model"
+                )
         return stream
 
     def __len__(self) -> int:

@@ -1,12 +1,10 @@
-"""What an architecture is: one row. Nothing else knows the name of an architecture, of its modules or its config fields.
-
-A new architecture is a row of ARCHITECTURES, and a `Mixer` if its SSM computes something new. `Layout` answers for a
-loaded model: which layers there are, which of them hold a mixer, which modules can be pruned, how a layer is called, what
-enters the first and what is made of what leaves the last.
+"""A loaded model as its row says it is: `Layout` answers which layers there are, which of them hold a mixer, which modules
+can be pruned, how a layer is called, what enters the first and what is made of what leaves the last.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,81 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from sparsessm.errors import require_known
-from sparsessm.models.mamba1 import FalconMambaMixer, Mamba1Mixer
-from sparsessm.models.mamba2 import Mamba2Mixer
+from sparsessm.models.family import architecture_of
 from sparsessm.models.mixer import Mixer, apply_linear
 
 # What --target_modules calls the types of modules.
 MODULE_KINDS: dict[str, type[nn.Module]] = {"nn.Linear": nn.Linear, "nn.Conv1d": nn.Conv1d}
 
-# What a parameter counts as besides a part of the whole model: a mixer's A_log, or the weight of a module to prune.
-PARTS = ("ssm", "layers", "model")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One row: what distinguishes a family of models.
-
-    Attributes:
-        layers: path of the list of layers in the causal model.
-        mixers: ours by the name of the stock class that it replaces.
-        shrink: by structure, the changes of the config that a removal takes: (config, left) -> keys, where left is how
-            many states or heads stay. It raises ValueError with the reason where the config cannot say so.
-        neutral: keys of the config by which stock transformers changes weights when it loads them, and the values by
-            which it does not: what is saved has been through that.
-        original: whether the state-spaces layout knows the architecture.
-    """
-
-    layers: str
-    mixers: Mapping[str, type[Mixer]]
-    shrink: Mapping[str, Callable[[Any, int], dict[str, Any]]] = field(default_factory=dict)
-    neutral: Mapping[str, Any] = field(default_factory=dict)
-    original: bool = False
-
-
-def _states(config: Any, left: int) -> dict[str, Any]:
-    return {"state_size": left}
-
-
-def _half_the_heads(config: Any, left: int) -> dict[str, Any]:
-    """A config that ties the heads to a whole number of times the width."""
-    expand, rest = divmod(left * config.head_dim, config.hidden_size)
-    if rest or not expand:
-        able = [config.hidden_size * times // config.head_dim for times in range(1, config.expand)]
-        raise ValueError(
-            f"a config of {config.model_type} ties the heads to a whole number of times the width: of its "
-            f"{config.num_heads} heads {' or '.join(map(str, able)) or 'none but all'} can stay"
-        )
-    return {"num_heads": left, "expand": expand}
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "mamba": Architecture(
-        "backbone.layers", {"MambaMixer": Mamba1Mixer}, shrink={"columns": _states},
-        neutral={"rescale_prenorm_residual": False}, original=True,
-    ),
-    "falcon_mamba": Architecture(
-        "backbone.layers", {"FalconMambaMixer": FalconMambaMixer}, shrink={"columns": _states},
-        neutral={"rescale_prenorm_residual": False},
-    ),
-    "mamba2": Architecture(
-        "backbone.layers", {"Mamba2Mixer": Mamba2Mixer}, shrink={"columns": _states, "heads": _half_the_heads},
-        neutral={"rescale_prenorm_residual": False}, original=True,
-    ),
-}  # fmt: skip
-
-
-def architecture_of(config: Any) -> Architecture:
-    """The row of a model's config.
-
-    Raises:
-        ValueError: there is none.
-    """
-    require_known("model_type", config.model_type, ARCHITECTURES)
-    return ARCHITECTURES[config.model_type]
+# What a module of a layer belongs to, see --parts.
+MODULE_PARTS = ("mixer", "attention", "mlp")
+# What a parameter counts as: a mixer's A_log, the weight of a module to prune (and its part), or only the whole model.
+PARTS = ("ssm", "layers", *MODULE_PARTS, "model")
 
 
 @dataclass(frozen=True)
@@ -96,11 +31,12 @@ class Module:
     """A linear or convolution module that can be pruned.
 
     Attributes:
-        path: within its layer. kind: of MODULE_KINDS.
+        path: within its layer. kind: of MODULE_KINDS. part: of MODULE_PARTS.
     """
 
     path: str
     kind: str
+    part: str = "mixer"
 
 
 @dataclass(frozen=True)
@@ -116,6 +52,17 @@ class Call:
 
         return Call(*tree_map(move, (self.arguments, dict(self.keywords))))
 
+    def reads_entered(self) -> bool:
+        return any(x is ENTERED for x in tree_leaves((self.arguments, dict(self.keywords))))
+
+    def equals(self, other: Call) -> bool:
+        """Whether all tensors are the same."""
+        pairs = zip(*(tree_leaves((call.arguments, dict(call.keywords))) for call in (self, other)), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
+ENTERED = object()  # in a Call: the hidden states that enter the first layer, which differ from batch to batch
+
 
 class _Enough(Exception):
     """Ends a forward pass once its hooks have what they need."""
@@ -127,6 +74,9 @@ class Layout:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # transformers' own class, of which nothing but the row is known
         self.row = architecture_of(model.config)
+        counts = Counter(id(weight) for layer in self.layers for weight in layer.parameters())
+        # weights that several layers share: what one of them would lose, all would
+        self._shared = {weight for weight, count in counts.items() if count > 1}
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -141,7 +91,7 @@ class Layout:
     def stream_dtype(self) -> torch.dtype:
         """What the residual stream is kept in between two layers."""
         weight = self.model.get_input_embeddings().weight
-        return torch.float32 if getattr(self.model.config, "residual_in_fp32", False) else weight.dtype
+        return torch.float32 if self.row.wide_stream and self.model.config.residual_in_fp32 else weight.dtype
 
     def layer_name(self, index: int) -> str:
         return f"{self.row.layers}.{index}"
@@ -159,27 +109,77 @@ class Layout:
         return self.row.mixers[type(stock).__name__](stock)
 
     def modules(self, layer: nn.Module) -> dict[str, Module]:
-        """What can be pruned in a layer, by name, in the order in which data meets it."""
+        """What can be pruned in a layer, by name, in the order in which data meets it; weights that layers share cannot.
+
+        A name is the last part of the path, or the whole path where that is not enough.
+        """
         path, mixer = self.mixer_path(layer), self.mixer(layer)
-        if mixer is None:
-            return {}
         kinds = {kind: name for name, kind in MODULE_KINDS.items()}
-        return {name: Module(f"{path}.{name}", kinds[type(mixer.module.get_submodule(name))]) for name in mixer.MODULES}
+        found: dict[str, list[Module]] = {part: [] for part in ("attention", "mixer", "mlp")}
+        if mixer is not None:
+            for name in mixer.MODULES:
+                kind = kinds[type(mixer.module.get_submodule(name))]
+                found["mixer"].append(Module(f"{path}.{name}", kind, "mixer"))
+        attention = tuple(self._time_mixers(layer))
+        for place, part in layer.named_modules():
+            outside = path is None or not place.startswith(f"{path}.")
+            if outside and type(part) is nn.Linear and id(part.weight) not in self._shared:
+                kind = "attention" if place.startswith(attention) else "mlp"
+                found[kind].append(Module(place, kinds[nn.Linear], kind))
+        modules = [module for part in found.values() for module in part]
+        ends = Counter(module.path.rpartition(".")[2] for module in modules)
+        ours = () if mixer is None else mixer.MODULES
+        return {self._name(module, ends, ours): module for module in modules}
 
-    def targets(self, kinds: Sequence[str], only: str | None) -> tuple[str, ...]:
-        """Names of the modules of all layers that --target_modules and --module choose, in their order."""
-        return targets({name: module for layer in self.layers for name, module in self.modules(layer).items()}, kinds, only)
+    @staticmethod
+    def _name(module: Module, ends: Mapping[str, int], ours: Sequence[str]) -> str:
+        last = module.path.rpartition(".")[2]
+        plain = module.part == "mixer" or (ends[last] == 1 and not last.isdigit() and last not in ours)
+        return last if plain else module.path
 
-    def parts(self) -> dict[str, str]:
-        """"ssm" or "layers" for every parameter that can be pruned, by full name; all others count in "model" alone."""
-        found = {}
+    def _time_mixers(self, layer: nn.Module) -> list[str]:
+        return [f"{path}." for path, part in layer.named_modules() if type(part).__name__ in self.row.attention]
+
+    def whole_windows(self, layer: nn.Module) -> bool:
+        """Whether a layer has to see whole windows, because more than our mixer mixes time in it."""
+        return bool(self._time_mixers(layer))
+
+    def gain(self, layer: nn.Module) -> float:
+        """What a layer multiplies the output of its mixer by before it adds it to the stream."""
+        return 1.0 if self.row.gain is None else float(getattr(layer, self.row.gain))
+
+    def targets(self, kinds: Sequence[str], parts: Sequence[str], only: str | None) -> tuple[str, ...]:
+        """Names of the modules of all layers that --target_modules, --parts and --module choose, in their order."""
+        modules = {name: module for layer in self.layers for name, module in self.modules(layer).items()}
+        return targets(modules, kinds, parts, only)
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """What every parameter that can be pruned counts as, by full name; all others count in "model" alone.
+
+        Parts of modules count only in models that have others than the mixer's.
+        """
+        modules = [self.modules(layer) for layer in self.layers]
+        apart = any(module.part != "mixer" for some in modules for module in some.values())
+        found: dict[str, tuple[str, ...]] = {}
         for index, layer in enumerate(self.layers):
             path = self.mixer_path(layer)
             if path is not None:
-                found[f"{self.layer_name(index)}.{path}.A_log"] = "ssm"
-            for module in self.modules(layer).values():
-                found[f"{self.layer_name(index)}.{module.path}.weight"] = "layers"
+                found[f"{self.layer_name(index)}.{path}.A_log"] = ("ssm",)
+            for module in modules[index].values():
+                counts = ("layers", module.part) if apart else ("layers",)
+                found[f"{self.layer_name(index)}.{module.path}.weight"] = counts
         return found
+
+    def dense(self) -> dict[str, int]:
+        """Entries of the matrices of layers that are not pruned whatever is asked for, by name without the layer."""
+        parts, found = self.parts(), Counter[str]()
+        seen: set[int] = set()
+        for index, layer in enumerate(self.layers):
+            for name, weight in layer.named_parameters():
+                if weight.dim() > 1 and f"{self.layer_name(index)}.{name}" not in parts and id(weight) not in seen:
+                    found[name] += weight.numel()
+                    seen.add(id(weight))
+        return dict(found)
 
     def shrink(self, structure: str) -> None:
         """Writes to the config how many states or heads are left in the mixers."""
@@ -190,8 +190,11 @@ class Layout:
 
     def remove_layer(self, index: int) -> None:
         """Removes a layer of the model; the index of each later layer falls by one, in its cache as well."""
+        assert self.row.without_layer is not None  # others are refused
+        changes = self.row.without_layer(self.model.config, index)
         del self.layers[index]
-        self.model.config.num_hidden_layers -= 1
+        for key, value in changes.items():
+            setattr(self.model.config, key, value)
         part: Any
         for place, layer in enumerate(self.layers):
             for part in layer.modules():
@@ -204,17 +207,24 @@ class Layout:
         calls: list[Call] = []
         seen: list[Tensor] = []
 
-        def note(*arguments: Any, hidden_states: Tensor | None = None, **keywords: Any) -> Tensor:
+        def note(*arguments: Any, hidden_states: Tensor | None = None, **keywords: Any) -> Any:
             hidden, *rest = arguments if hidden_states is None else (hidden_states, *arguments)
             seen.append(hidden)
             calls.append(Call(tuple(rest), keywords))
             if len(calls) == len(self.layers):
                 raise _Enough
-            return hidden
+            return self._returned(hidden)
 
         with _forwards(dict.fromkeys(self.layers, note)), suppress(_Enough):
             self.model(ids, use_cache=False)
-        return seen[0], calls
+        entered = seen[0]
+
+        def mark(x: Any) -> Any:
+            same = isinstance(x, Tensor) and x.shape == entered.shape and torch.equal(x, entered)
+            return ENTERED if same else x
+
+        marked = [tree_map(mark, (call.arguments, dict(call.keywords))) for call in calls]
+        return entered, [Call(*call) for call in marked]
 
     @torch.no_grad()
     def leave(self, hidden: Tensor) -> Tensor:
@@ -222,11 +232,15 @@ class Layout:
         *others, last = self.layers
         head = self.model.get_output_embeddings()
         stubs: dict[nn.Module, Callable[..., Any]]
-        stubs = {layer: lambda *x, **named: (*x, *named.values())[0] for layer in others}
-        stubs |= {last: lambda *_, **__: hidden[None], head: lambda x: apply_linear(head, x)}
+        stubs = {layer: lambda *x, **named: self._returned((*x, *named.values())[0]) for layer in others}
+        stubs |= {last: lambda *_, **__: self._returned(hidden[None]), head: lambda x: apply_linear(head, x)}
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.home)
         with _forwards(stubs):
             return self.model(ids, use_cache=False).logits[0]
+
+    def _returned(self, hidden: Tensor) -> Any:
+        """Hidden states as a stock layer returns them."""
+        return (hidden, None) if self.row.tuples else hidden
 
     @contextmanager
     def outside_on(self, device: torch.device) -> Iterator[None]:
@@ -266,8 +280,10 @@ def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             module.forward = before
 
 
-def targets(modules: Mapping[str, Module], kinds: Sequence[str], only: str | None) -> tuple[str, ...]:
-    """Names of the modules that --target_modules and --module choose, in their order."""
+def targets(
+    modules: Mapping[str, Module], kinds: Sequence[str], parts: Sequence[str], only: str | None
+) -> tuple[str, ...]:
+    """Names of the modules that --target_modules, --parts and --module choose, in their order."""
     if only is not None:
         return (only,) if only in modules else ()
-    return tuple(name for name, module in modules.items() if module.kind in kinds)
+    return tuple(name for name, module in modules.items() if module.kind in kinds and module.part in parts)

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from sparsessm.errors import InputError, first_line
 from sparsessm.models import original
-from sparsessm.models.architecture import ARCHITECTURES
+from sparsessm.models.family import ARCHITECTURES
 from sparsessm.models.place import put_back
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "data" / "mamba-demo"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparsessm.errors import InputError, first_line
-from sparsessm.models.architecture import PARTS, Layout
+from sparsessm.models.architecture import MODULE_PARTS, PARTS, Layout
 from sparsessm.models.checkpoint import read_json
 from sparsessm.models.place import MASKS, RECORD
 
@@ -142,7 +142,7 @@ def read_history(folder: Path | None, layout: Layout) -> History:
     parameters = dict(layout.model.named_parameters())
     masks, cuts = _read_masks(folder, parameters, record)
     sidecar = bool(masks)
-    for name, part in layout.parts().items():
+    for name, (part, *_) in layout.parts().items():
         parameter, known = parameters[name], name in masks
         gone = _gone_by_value(parameter, part, sidecar)
         if known:
@@ -263,7 +263,7 @@ class Ledger:
 
     def add(self, counts: dict[str, int], name: str, size: int) -> None:
         """Adds entries of a parameter to what it counts as."""
-        for part in {self._parts.get(name, "model"), "model"}:
+        for part in (*self._parts.get(name, ()), "model"):
             counts[part] += size
 
     def shares(self, counts: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
@@ -271,7 +271,8 @@ class Ledger:
         pruned = dict(self._before)
         for name, count in counts.items():
             self.add(pruned, name, count["pruned"])
-        return {part: pruned[part] / size if size else 0.0 for part, size in self.sizes.items()}
+        shown = {part: size for part, size in self.sizes.items() if size or part not in MODULE_PARTS}
+        return {part: pruned[part] / size if size else 0.0 for part, size in shown.items()}
 
 
 def already_pruned(history: History, model: nn.Module, names: set[str], sparsity: float) -> str | None:

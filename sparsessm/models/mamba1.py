@@ -97,6 +97,23 @@ class Mamba1Mixer(Mixer):
         return {"x_proj.weight": slice(-self.module.A_log.shape[1], None)}
 
 
+class JambaMixer(Mamba1Mixer):
+    """Jamba: dt, B and C each go through an RMS norm with weights between x_proj and what follows."""
+
+    def _normed(self, projected: Tensor) -> Tensor:
+        mixer = self.module
+        R, N = mixer.dt_proj.weight.shape[1], mixer.A_log.shape[1]
+        norms = (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)
+        parts = projected.split([R, N, N], dim=-1)
+        return torch.cat([norm(part) for norm, part in zip(norms, parts, strict=True)], dim=-1)
+
+    def remove(self, structure: str, columns: Tensor) -> Removed:
+        """The norms of B and C lose their weights for these states; the means that they divide by are over what stays."""
+        keep = ~columns.to(self.module.A_log.device)
+        norms = {f"{norm}.weight": keep_rows(self.module, f"{norm}.weight", keep) for norm in ("b_layernorm", "c_layernorm")}
+        return {**super().remove(structure, columns), **norms}
+
+
 class FalconMambaMixer(Mamba1Mixer):
     """Falcon-Mamba: an RMS norm without weights each for dt, B and C after x_proj."""
 

@@ -12,7 +12,9 @@ One number of A_log a head: scores of entries are (1,H), scores of states (H,N).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +57,15 @@ class Mamba2Mixer(Mixer):
     def prepare(self, x: Tensor, conv: Tensor | None, hooks: Hooks) -> tuple[HeadInputs, Tensor]:
         """See Mixer.prepare. conv: (B,K-1,DI+2GN)."""
         mixer, (H, P, G, N) = self.module, self.sizes
-        show(hooks, "in_proj", x)
-        z, mixed, dt = apply_linear(mixer.in_proj, x).split([H * P, H * P + 2 * G * N, H], dim=-1)
+        projected = self._project_in(x, hooks)
+        z, mixed, dt = projected.split([H * P, H * P + 2 * G * N, H], dim=-1)
         mixed, conv = convolved(mixer, mixed, conv, hooks, kernels=compiled_kernels(mixed, mixer.conv1d.weight))
         return HeadInputs(mixed, z, dt), conv
+
+    def _project_in(self, x: Tensor, hooks: Hooks) -> Tensor:
+        """(B,L,M) -> (B,L,2DI+2GN+H)."""
+        show(hooks, "in_proj", x)
+        return apply_linear(self.module.in_proj, x)
 
     def scan(
         self, inputs: HeadInputs, state: Tensor | None, statistics: HeadStatistics | None = None
@@ -93,6 +100,11 @@ class Mamba2Mixer(Mixer):
         if kernels is None:
             return norm(y, z)
         return kernels.gated_norm(y, z, norm.weight, norm.group_size, norm.variance_epsilon)
+
+    def output_of(self, z: Tensor) -> Output:
+        """How the output depends on y, for gates z (B,L,DI)."""
+        norm = self.module.norm
+        return Output(F.silu(z.float()), norm.weight.float(), norm.group_size, norm.variance_epsilon)
 
     @staticmethod
     def _lost(
@@ -157,7 +169,8 @@ class Mamba2Mixer(Mixer):
             removed["out_proj.weight"] = keep_rows(mixer, "out_proj.weight", channels, dim=1)
             mixer.num_heads = int(heads.sum())
             mixer.intermediate_size = mixer.num_heads * P
-            mixer.norm.group_size = mixer.intermediate_size // G
+            if hasattr(mixer.norm, "group_size"):
+                mixer.norm.group_size = mixer.intermediate_size // G
         mixer.ssm_state_size = int(states.sum())
         mixer.conv_dim = int(mixed.sum())
         mixer.in_proj.out_features = mixer.in_proj.weight.shape[0]
@@ -172,6 +185,64 @@ class Mamba2Mixer(Mixer):
         return {"conv1d.weight": last} | ({} if self.module.conv1d.bias is None else {"conv1d.bias": last})
 
 
+class FalconH1Mixer(Mamba2Mixer):
+    """Falcon-H1: multipliers before and after in_proj; the norm after the gate, before it, or none."""
+
+    def _project_in(self, x: Tensor, hooks: Hooks) -> Tensor:
+        mixer = self.module
+        return super()._project_in(x * mixer.ssm_in_multiplier, hooks) * mixer.mup_vector
+
+    def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+        mixer = self.module
+        return mixer.norm(y, z) if mixer.mamba_rms_norm else y * F.silu(z.float())
+
+    def output_of(self, z: Tensor) -> Output:
+        mixer, gate = self.module, F.silu(z.float())
+        if not mixer.mamba_rms_norm:
+            return Output(gate, gate.new_ones(()))
+        norm = mixer.norm
+        weight, width = norm.weight.float(), norm.weight.shape[0] // norm.n_groups
+        if norm.norm_before_gate:
+            return Output(gate.new_ones(()), weight * gate, width, norm.variance_epsilon)
+        return Output(gate, weight, width, norm.variance_epsilon)
+
+    def remove(self, structure: str, columns: Tensor) -> Removed:
+        before = self.sizes
+        removed = super().remove(structure, columns)
+        H, P, G, N = before
+        keep = ~columns.to(self.module.mup_vector.device)
+        whole = torch.ones(1, dtype=torch.bool, device=keep.device)
+        heads, states = (keep, whole.expand(N)) if structure == "heads" else (whole.expand(H), keep)
+        channels, of_groups = heads.repeat_interleave(P), states.repeat(G)
+        rows = torch.cat([channels, channels, of_groups, of_groups, heads])
+        self.module.mup_vector = self.module.mup_vector[..., rows]
+        self.module.groups_time_state_size = int(of_groups.sum())
+        return removed
+
+
+def _rows(x: Tensor, some: slice) -> Tensor:
+    return x.flatten(0, 1)[some]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What out_proj gets of y: w q rsqrt(mean(q^2) + epsilon) for q = y gate; w q where there is no norm.
+
+    Attributes:
+        gate, weight: (B,L,DI), (DI,) or (). width: channels of a group that share a mean, None for no norm.
+    """
+
+    gate: Tensor
+    weight: Tensor
+    width: int | None = None
+    epsilon: float = 0.0
+
+    def at(self, which: Callable[[Tensor], Tensor]) -> Output:
+        """The same for some of the steps: which maps (B,L,DI) to them."""
+        gate, weight = (which(x) if x.dim() == 3 else x for x in (self.gate, self.weight))
+        return Output(gate, weight, self.width, self.epsilon)
+
+
 class _OutputLoss:
     """Sums products of what the mixer's output loses with each head or state, through gate, norm and out_proj.
 
@@ -179,38 +250,47 @@ class _OutputLoss:
     """
 
     def __init__(self, mixer: Mamba2Mixer, z: Tensor, gram: Tensor) -> None:
-        norm = mixer.module.norm
-        self.sizes, self.gram, self.gate = mixer.sizes, gram, F.silu(z.float())  # gate (B,L,DI)
-        self.weight, self.width, self.epsilon = norm.weight.float(), norm.group_size, norm.variance_epsilon
+        self.sizes, self.gram, self.output = mixer.sizes, gram, mixer.output_of(z)
         self.W = mixer.module.out_proj.weight.data.float()  # (M,DI)
 
     def add_heads(self, y: Tensor, lost: Tensor) -> None:
         """y and lost (B,L,H,P): a loss of each head."""
         H, P, _, _ = self.sizes
-        width, rows = self.width, max(1, _LOSSES_AT_ONCE // (H * self.W.shape[0]))
-        of_heads, of_norms = (self.W.unflatten(1, (-1, n)).permute(1, 2, 0).contiguous() for n in (P, width))
-        frames = ((x.flatten(2) * self.gate).flatten(0, 1).split(rows) for x in (lost, y))
-        for v, q in zip(*frames, strict=True):  # (rows,DI) each
-            r = (q.unflatten(-1, (-1, width)).square().mean(-1) + self.epsilon).rsqrt()  # (rows,norms)
-            r = r.T.repeat_interleave(width // P, 0)[..., None]  # (H,rows,1)
-            inner = (v * q).unflatten(-1, (H, P)).sum(-1).T[..., None] / width
-            along = self._projected(q, of_norms).repeat_interleave(width // P, 0)  # (H,rows,M)
-            self._add(r * (self._projected(v, of_heads) - inner * r.square() * along))
+        rows = max(1, _LOSSES_AT_ONCE // (H * self.W.shape[0]))
+        of_heads, of_norms = (
+            self.W.unflatten(1, (-1, width)).permute(1, 2, 0).contiguous() for width in (P, self.output.width or P)
+        )
+        flat_v, flat_q = lost.reshape(-1, H * P), y.reshape(-1, H * P)
+        for start in range(0, len(flat_v), rows):
+            some = slice(start, start + rows)
+            at = self.output.at(partial(_rows, some=some))
+            v, q = flat_v[some] * at.gate, flat_q[some] * at.gate  # (rows,DI) each
+            losses = self._projected(v * at.weight, of_heads)  # (H,rows,M)
+            if at.width is not None:
+                r = (q.unflatten(-1, (-1, at.width)).square().mean(-1) + at.epsilon).rsqrt()  # (rows,norms)
+                r = r.T.repeat_interleave(at.width // P, 0)[..., None]  # (H,rows,1)
+                inner = (v * q).unflatten(-1, (H, P)).sum(-1).T[..., None] / at.width
+                along = self._projected(q * at.weight, of_norms).repeat_interleave(at.width // P, 0)  # (H,rows,M)
+                losses = r * (losses - inner * r.square() * along)
+            self._add(losses)
 
-    def _projected(self, x: Tensor, W: Tensor) -> Tensor:
+    @staticmethod
+    def _projected(x: Tensor, W: Tensor) -> Tensor:
         """What out_proj makes of parts of x (rows,DI) alone: by W (parts,DI/parts,M), (parts,rows,M)."""
-        return (x * self.weight).unflatten(1, W.shape[:2]).transpose(0, 1) @ W
+        return x.unflatten(1, W.shape[:2]).transpose(0, 1) @ W
 
     def add_states(self, y: Tensor, t: int, states: Tensor, C: Tensor) -> None:
         """A loss of each state at one step: states (B,H,P,N), C (B,G,N)."""
         H, _, G, _ = self.sizes
-        gate = self.gate[:, t : t + 1]
+        at = self.output.at(lambda x: x[:, t : t + 1])
         lost = states * C.float().repeat_interleave(H // G, 1)[:, :, None]  # (B,H,P,N)
-        v, q = ((x * gate).unflatten(-1, (-1, self.width)) for x in (lost.flatten(1, 2).mT, y[:, t : t + 1].flatten(2)))
-        r = (q.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
-        inner = (v * q).mean(-1, keepdim=True)  # (B,N,norms,1)
-        v = (r * (v - q * inner * r.square())).flatten(2)  # (B,N,DI)
-        self._add(linear(v * self.weight, self.W).transpose(0, 1))
+        v, q = lost.flatten(1, 2).mT * at.gate, y[:, t : t + 1].flatten(2) * at.gate  # (B,N,DI), (B,1,DI)
+        if at.width is not None:
+            v, q = (x.unflatten(-1, (-1, at.width)) for x in (v, q))
+            r = (q.square().mean(-1, keepdim=True) + at.epsilon).rsqrt()
+            inner = (v * q).mean(-1, keepdim=True)  # (B,N,norms,1)
+            v = (r * (v - q * inner * r.square())).flatten(2)
+        self._add(linear(v * at.weight, self.W).transpose(0, 1))
 
     def _add(self, losses: Tensor) -> None:
         """losses (n,rows,M)."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsessm import files
 from sparsessm.errors import InputError, first_line, storing
 from sparsessm.models import original
-from sparsessm.models.architecture import architecture_of
+from sparsessm.models.family import architecture_of
 from sparsessm.models.place import MASKS, RECORD, Place
 
 

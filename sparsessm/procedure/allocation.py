@@ -27,14 +27,17 @@ class MeasureErrors(Measurement):
     def __init__(self, transitions: TransitionPlan | None, weights: WeightPlan | None) -> None:
         self.transitions, self.weights = transitions, None if weights is None else replace(weights, refine_steps=0)
 
-    @property
-    def parts(self) -> list[str]:
-        return ["A_log"] * (self.transitions is not None) + list(self.weights.modules if self.weights else ())
+    def _parts(self, layer: Layer) -> list[str]:
+        A_log = ["A_log"] * (self.transitions is not None and layer.has_mixer)
+        return A_log + layer.those(self.weights.modules if self.weights else ())
+
+    def concerns(self, layer: Layer) -> bool:
+        return bool(self._parts(layer))
 
     def visit(self, layer: Layer, dense: Layer | None) -> Outcome:
         original = layer.copy(copy.deepcopy(layer.module))
         found: dict[str, Any] = {}
-        if self.transitions is not None:
+        if self.transitions is not None and layer.has_mixer:
             errors = []
             for sparsity in MEASURED_AT:
                 plan = self.transitions.share(sparsity)
@@ -43,8 +46,9 @@ class MeasureErrors(Measurement):
                 layer.write("A_log", original.A_log)
             found["A_log"] = [layer.A_log.numel(), errors]
         if self.weights is not None:
-            seen = observed(layer, self.weights.modules, self.weights)
-            for name in self.weights.modules:
+            modules = layer.those(self.weights.modules)
+            seen = observed(layer, modules, self.weights)
+            for name in modules:
                 errors = []
                 for sparsity in MEASURED_AT:
                     prune_module(layer, name, self.weights, seen.get(name), sparsity=sparsity)
@@ -54,7 +58,7 @@ class MeasureErrors(Measurement):
         return Outcome(figures={name: errors[0] for name, (_, errors) in found.items()}, record=found)
 
     def fits(self, layer: Layer, record: Any) -> bool:
-        return list(record) == self.parts and all(
+        return list(record) == self._parts(layer) and all(
             size > 0 and len(errors) == len(MEASURED_AT) and all(map(math.isfinite, errors))
             for size, errors in record.values()
         )

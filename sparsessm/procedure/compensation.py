@@ -31,21 +31,31 @@ class PruneCompensated(Change):
         self.transitions, self.weights, self.plan, self.shares = transitions, weights, plan, shares
         self.dense = plan.refit
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        return () if self.weights is None else self.weights.modules
+    def _modules(self, layer: Layer) -> list[str]:
+        return layer.those(() if self.weights is None else self.weights.modules)
+
+    def _transitions(self, layer: Layer) -> TransitionPlan | None:
+        return self.transitions if layer.has_mixer else None
+
+    def _refitted(self, layer: Layer) -> str | None:
+        """The mixer's last module, where it is solved toward the dense stream."""
+        return layer.mixer.MODULES[-1] if self.dense and layer.has_mixer else None
+
+    def concerns(self, layer: Layer) -> bool:
+        return layer.has_mixer or bool(self._modules(layer))
 
     def visit(self, layer: Layer, dense: Layer | None) -> Outcome:
         choice, applied, weights = None, (Masks(), Masks()), Masks()
-        if self.transitions is not None:
-            plan = self.transitions.share(self.shares.get((layer.index, "A_log")))
+        if (transitions := self._transitions(layer)) is not None:
+            plan = transitions.share(self.shares.get((layer.index, "A_log")))
             choice = choose_transitions(layer, plan)
             applied = apply_choice(layer, choice, plan)
         if self.weights is not None:
-            for together in [(name,) for name in self.modules] if self.plan.sequential else [self.modules]:
+            modules = self._modules(layer)
+            for together in [[name] for name in modules] if self.plan.sequential else [modules]:
                 weights |= self._prune_modules(layer, dense, self.weights, together)
-        last = layer.mixer.MODULES[-1]
-        if dense is not None and last not in self.modules:
+        last = self._refitted(layer)
+        if dense is not None and last is not None and last not in self._modules(layer):
             layer.write(f"{last}.weight", self._solved(layer, _target(layer, dense)))
         return self._outcome(layer, choice, applied, weights)
 
@@ -61,32 +71,32 @@ class PruneCompensated(Change):
         return Outcome({**masks, **weights}, removed, choices, values, figures)
 
     def _values(self, layer: Layer) -> Shapes:
-        names = [f"{name}.weight" for name in self.modules]
-        if self.dense:
-            names.append(f"{layer.mixer.MODULES[-1]}.weight")
-        if self.transitions is not None and not self.transitions.pattern.removes:
+        names = [f"{name}.weight" for name in self._modules(layer)]
+        if (last := self._refitted(layer)) is not None:
+            names.append(f"{last}.weight")
+        if (transitions := self._transitions(layer)) is not None and not transitions.pattern.removes:
             names.append("A_log")
         return {layer.full_name(name): layer.parameter(name).shape for name in names}
 
     def expected(self, layer: Layer) -> tuple[Shapes, Shapes]:
         later = layer
         choices: Shapes = {}
-        if self.transitions is not None:
-            later, (_, choices) = shaped(layer, self.transitions), expected_of(layer, self.transitions)
-        weights = {later.full_name(f"{name}.weight"): later.weight(name).shape for name in self.modules}
+        if (transitions := self._transitions(layer)) is not None:
+            later, (_, choices) = shaped(layer, transitions), expected_of(layer, transitions)
+        weights = {later.full_name(f"{name}.weight"): later.weight(name).shape for name in self._modules(layer)}
         return self._values(later), {**weights, **choices}
 
     def restore(self, layer: Layer, values: Masks, choices: Masks) -> Outcome:
         weights, applied, choice = dict(choices), (Masks(), Masks()), None
-        if self.transitions is not None:
+        if (transitions := self._transitions(layer)) is not None:
             choice = weights.pop(layer.full_name("A_log")).to(layer.stream.device)
-            applied = apply_choice(layer, choice, self.transitions)
+            applied = apply_choice(layer, choice, transitions)
         restore_values(layer, values)
         return self._outcome(layer, choice, applied, weights)
 
-    def _prune_modules(self, layer: Layer, dense: Layer | None, plan: WeightPlan, names: tuple[str, ...]) -> Masks:
+    def _prune_modules(self, layer: Layer, dense: Layer | None, plan: WeightPlan, names: list[str]) -> Masks:
         """Prunes modules whose inputs are observed together."""
-        last = layer.mixer.MODULES[-1]
+        last = self._refitted(layer)
         seen, masks = observed(layer, [name for name in names if name != last or dense is None], plan), {}
         for name in names:
             sums, start = seen.get(name), None

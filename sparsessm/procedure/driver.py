@@ -77,11 +77,10 @@ class Job:
     report: Callable[..., None] = no_report
     journal: Journal = field(default_factory=NoJournal)
 
-    @property
-    def indices(self) -> list[int]:
-        """The layers that are pruned: those in range that hold a mixer."""
-        layers = self.layout.layers
-        return [i for i in range(self.first, self.stop) if self.layout.mixer_path(layers[i]) is not None]
+    def indices(self, work: Pass | None = None) -> list[int]:
+        """The layers in range that a pass has work in; without one, those that hold a mixer."""
+        layers = (Layer(self.layout, i, self.layout.layers[i]) for i in range(self.first, self.stop))
+        return [layer.index for layer in layers if (layer.has_mixer if work is None else work.concerns(layer))]
 
 
 @dataclass
@@ -118,6 +117,10 @@ class Pass(ABC):
     def visit(self, layer: Layer, dense: Layer | None) -> Outcome:
         """Measures, chooses and writes."""
 
+    def concerns(self, layer: Layer) -> bool:
+        """Whether there is anything to do in a layer."""
+        return layer.has_mixer
+
 
 class Change(Pass):
     """A pass that changes layers."""
@@ -143,7 +146,7 @@ class Measurement(Pass):
 def run_pass(job: Job, work: Pass) -> dict[int, Outcome]:
     """Runs a pass over the layers of a job; the outcome of each."""
     found: dict[int, Outcome] = {}
-    indices = job.indices
+    indices = job.indices(work)
     if isinstance(work, Measurement) and (recorded := _recorded(job, work)) is not None:
         return recorded
     dense = job.embed() if work.dense else None
@@ -186,7 +189,7 @@ def _record(job: Job, work: Measurement, layer: Layer) -> Any | None:
 def _recorded(job: Job, work: Measurement) -> dict[int, Outcome] | None:
     """The measurements of an interrupted run, if they are complete; nothing is computed then."""
     found = {}
-    for index in job.indices:
+    for index in job.indices(work):
         record = _record(job, work, Layer(job.layout, index, job.layout.layers[index]))
         if record is None:
             return None

@@ -61,7 +61,7 @@ def remove_parts(job: Job, windows: Tensor, plan: RemovalPlan) -> RemovedParts:
         windows: (n,L) token ids that the stream was made of, all processes' windows.
     """
     layout, found = job.layout, RemovedParts()
-    candidates = job.indices
+    candidates = job.indices()
     steps = plan.steps(len(candidates))
     done: list[tuple[int, float]] = []
     while len(done) < steps:

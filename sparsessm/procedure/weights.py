@@ -18,7 +18,7 @@ Shares = Mapping[tuple[int, str], float]  # sparsity by layer and module, or A_l
 
 
 class MeasureSensitivity(Measurement):
-    """Pass 1: how sensitive the modules at both ends of each mixer are, in the model as it is; others are not ranked."""
+    """Pass 1: how sensitive the modules at both ends of each mixer and those outside are, in the model as it is."""
 
     name = "sensitivity"
 
@@ -26,8 +26,12 @@ class MeasureSensitivity(Measurement):
         self.plan = plan
 
     def _modules(self, layer: Layer) -> list[str]:
-        first, *_, last = layer.mixer.MODULES
-        return [name for name in (first, last) if name in self.plan.modules]
+        ends = {layer.mixer.MODULES[0], layer.mixer.MODULES[-1]} if layer.has_mixer else set()
+        ranked = ends | {name for name, module in layer.modules.items() if module.part != "mixer"}
+        return [name for name in layer.those(self.plan.modules) if name in ranked]
+
+    def concerns(self, layer: Layer) -> bool:
+        return bool(self._modules(layer))
 
     def visit(self, layer: Layer, dense: Layer | None) -> Outcome:
         norms = {name: SquaredNorms(layer.weight(name).shape[1], layer.stream.device) for name in self._modules(layer)}
@@ -47,20 +51,24 @@ class PruneWeights(Change):
     def __init__(self, plan: WeightPlan, shares: Shares) -> None:
         self.plan, self.shares = plan, shares
 
+    def concerns(self, layer: Layer) -> bool:
+        return bool(layer.those(self.plan.modules))
+
     def visit(self, layer: Layer, dense: Layer | None) -> Outcome:
-        seen, masks = observed(layer, self.plan.modules, self.plan), {}
-        for name in self.plan.modules:
+        modules = layer.those(self.plan.modules)
+        seen, masks = observed(layer, modules, self.plan), {}
+        for name in modules:
             share = self.shares.get((layer.index, name))
             mask = prune_module(layer, name, self.plan, seen.get(name), sparsity=share)
             masks[layer.full_name(f"{name}.weight")] = mask
         return self._outcome(layer, masks)
 
     def _outcome(self, layer: Layer, masks: Masks) -> Outcome:
-        values = {layer.full_name(f"{name}.weight"): layer.weight(name) for name in self.plan.modules}
+        values = {layer.full_name(f"{name}.weight"): layer.weight(name) for name in layer.those(self.plan.modules)}
         return Outcome(masks, values=values, figures={"sparsity": share_of(masks)})
 
     def expected(self, layer: Layer) -> tuple[Shapes, Shapes]:
-        shapes = {layer.full_name(f"{name}.weight"): layer.weight(name).shape for name in self.plan.modules}
+        shapes = {layer.full_name(f"{name}.weight"): layer.weight(name).shape for name in layer.those(self.plan.modules)}
         return shapes, shapes
 
     def restore(self, layer: Layer, values: Masks, choices: Masks) -> Outcome:

@@ -247,7 +247,7 @@ def test_a_config_with_nonsense_in_it(saved):
     assert complaint(saved)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "jamba", None])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3_next", "kimi_linear", "t5", "qwen2_vl", None])
 def test_an_architecture_that_is_not_known(saved, kind):
     rewrite_config(saved, model_type=kind)
     said = complaint(saved)

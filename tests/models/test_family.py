@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sparsessm.layerwise.layer import each_layer, visit
+from sparsessm.layerwise.layer import each_layer
 from sparsessm.layerwise.parity import check_parity
 from sparsessm.layerwise.stream import Stream
+from sparsessm.layerwise.visit import visit
 from sparsessm.models import checkpoint, saving
 from sparsessm.models.architecture import Layout
 from sparsessm.models.place import Place

@@ -2,6 +2,7 @@ import pytest
 
 from sparsessm import options
 from sparsessm.models import architecture
+from sparsessm.models.family import ARCHITECTURES
 from sparsessm.procedure.rules import RULES
 from sparsessm.pruning.methods import AGGREGATES, METHODS, SEARCHES, STRUCTURES
 from sparsessm.pruning.saliency import SALIENCIES
@@ -61,5 +62,6 @@ def test_every_part_that_a_method_names_exists():
 
 def test_the_names_that_the_command_line_takes_without_torch_are_those_that_there_are():
     assert set(options.MODULE_KINDS) == architecture.MODULE_KINDS.keys()
-    mixers = {mixer for row in architecture.ARCHITECTURES.values() for mixer in row.mixers.values()}
+    assert options.MODULE_PARTS == architecture.MODULE_PARTS
+    mixers = {mixer for row in ARCHITECTURES.values() for mixer in row.mixers.values()}
     assert set(STRUCTURES) == {"entries", *(structure for mixer in mixers for structure in mixer.STRUCTURES)}
