@@ -138,6 +138,12 @@ class Steps:
             told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share)
             logger.info("pruned before (%s): %s was pruned; it stays pruned, and counts", self.history, told)
         self.plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
+        if self.plan.weights and (dense := layout.dense()):
+            largest = sorted(dense, key=lambda name: -dense[name])[:3]
+            logger.info(
+                "stay dense, being shared by layers or no plain linear modules: %.2fM entries of %d weights, as %s",
+                sum(dense.values()) / 1e6, len(dense), ", ".join(largest),
+            )  # fmt: skip
         self._check_rest(layout, first, stop)
         if chosen.save and distributed.is_main():
             self.place = Place(chosen.save, saving.size_needed(model))

@@ -115,12 +115,15 @@ def family_checkpoint(folder: Path, demo: Path, kind: str, **sizes: Any) -> Path
     return folder
 
 
-def stock_perplexity(folder: Path, text: Path, seqlen: int) -> float:
-    """Perplexity of a saved folder by stock transformers alone on the test text of another, by WikiText-2's rule."""
+def stock_perplexity(folder: Path, text: Path, seqlen: int, windows: int | None = None) -> float:
+    """Perplexity of a saved folder by stock transformers alone on the test text of another, by WikiText-2's rule.
+
+    windows: how many of the first, all if None.
+    """
     with text.open(encoding="utf-8") as lines:
         ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(lines))["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(folder)
-    windows = torch.tensor(ids[: len(ids) // seqlen * seqlen]).view(-1, seqlen)
+    cut = torch.tensor(ids[: len(ids) // seqlen * seqlen]).view(-1, seqlen)[:windows]
     with torch.no_grad():
-        losses = [float(model(window[None], labels=window[None]).loss) for window in windows]
+        losses = [float(model(window[None], labels=window[None]).loss) for window in cut]
     return math.exp(sum(losses) / len(losses))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsessm.errors import InputError
 from sparsessm.models import checkpoint
 from sparsessm.models.checkpoint import Source
+from sparsessm.models.family import architecture_of
 from sparsessm.models.place import MASKS
 
 # Times closer than this are called the same.
@@ -157,9 +158,10 @@ def nonzero_share(source: Source, model: nn.Module) -> float:
     Masks of states that were removed have the shape from before, and mark nothing of what is left.
     """
     file = source.folder / MASKS
-    masks = load_file(file) if file.is_file() else {}
+    row, parameters = architecture_of(model.config), dict(model.named_parameters())
+    masks = {row.here(name, parameters): mask for name, mask in load_file(file).items()} if file.is_file() else {}
     kept = total = 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         alive = parameter.detach().cpu() != 0
         mask = masks.get(name)
         if mask is not None and mask.shape == alive.shape:

@@ -5,7 +5,7 @@ A new architecture is a row of ARCHITECTURES, and a `Mixer` if its SSM computes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ class Architecture:
         wide_stream: whether the config's residual_in_fp32 decides the dtype of the residual stream.
         without_layer: the changes of the config when a layer is removed, (config, index) -> keys; None where the config
             cannot say it.
+        prefixes: what names of parameters begin with in the model, and in checkpoints of stock where that differs.
     """
 
     layers: str
@@ -45,6 +46,17 @@ class Architecture:
     shrink: Mapping[str, Callable[[Any, int], dict[str, Any]]] = field(default_factory=dict)
     neutral: Mapping[str, Any] = field(default_factory=dict)
     original: bool = False
+    prefixes: tuple[str, str] = ("", "")
+
+    def in_files(self, name: str, names: Collection[str]) -> str:
+        """The name of a parameter in a checkpoint that holds these names."""
+        here, there = self.prefixes
+        return name if name in names or not name.startswith(here) else there + name.removeprefix(here)
+
+    def here(self, name: str, names: Collection[str]) -> str:
+        """The name in a model that has these names of a parameter of a checkpoint."""
+        here, there = self.prefixes
+        return name if name in names or not name.startswith(there) else here + name.removeprefix(there)
 
 
 def _to(key: str) -> Callable[[Any, int], dict[str, Any]]:
@@ -115,6 +127,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "model.layers", {"NemotronHMamba2Mixer": Mamba2Mixer}, attention=("NemotronHAttention",),
         shrink={"columns": _to("ssm_state_size"), "heads": _to("mamba_num_heads")},
         neutral={"rescale_prenorm_residual": False}, without_layer=_typed("layers_block_type", counted=False),
+        prefixes=("model.", "backbone."),
     ),
     "bamba": Architecture(
         "model.layers", {"BambaMixer": Mamba2Mixer}, attention=("BambaAttention",), tuples=True,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sparsessm.errors import InputError, first_line
 from sparsessm.models.architecture import MODULE_PARTS, PARTS, Layout
 from sparsessm.models.checkpoint import read_json
+from sparsessm.models.family import Architecture
 from sparsessm.models.place import MASKS, RECORD
 
 logger = logging.getLogger("sparsessm")
@@ -140,7 +141,7 @@ def read_history(folder: Path | None, layout: Layout) -> History:
     """
     record = _read_record(folder)
     parameters = dict(layout.model.named_parameters())
-    masks, cuts = _read_masks(folder, parameters, record)
+    masks, cuts = _read_masks(folder, layout.row, parameters, record)
     sidecar = bool(masks)
     for name, (part, *_) in layout.parts().items():
         parameter, known = parameters[name], name in masks
@@ -209,14 +210,14 @@ def _runs(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read_masks(
-    folder: Path | None, parameters: Mapping[str, Tensor], record: Mapping[str, Any]
+    folder: Path | None, row: Architecture, parameters: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Cut]]:
     """The masks beside a checkpoint, and what was removed from parameters."""
     if folder is None or not (folder / MASKS).is_file():
         return {}, {}
     file = folder / MASKS
     try:
-        masks = load_file(file)
+        masks = {row.here(name, parameters): mask for name, mask in load_file(file).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({first_line(error)}): restore it, or remove it") from None
     cuts = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +80,8 @@ def write_model(
     """Writes config, weights, masks.safetensors and sparsessm.json to the staging folder of a place.
 
     Args:
-        masks: by parameter name, True = pruned. A mask of removed states keeps the shape before the removal.
+        masks: by parameter name, True = pruned; written by the names in the checkpoint. A mask of removed states keeps
+            the shape before the removal.
         record: what sparsessm.json holds.
         layout: "hf", or "state-spaces" for what mamba_ssm loads (config.json, pytorch_model.bin).
         raw_zeros: write 0 for pruned entries of A_log.
@@ -93,7 +95,9 @@ def write_model(
                     state[name] = state[name].masked_fill(mask, 0)
         _LAYOUTS[layout](model, state, place.staging, original_config or {})
         if masks:
-            save_file({name: mask.contiguous() for name, mask in sorted(masks.items())}, place.staging / MASKS)
+            row, names = architecture_of(model.config), _saved_names(place.staging)
+            named = {row.in_files(name, names): mask.contiguous() for name, mask in sorted(masks.items())}
+            save_file(named, place.staging / MASKS)
         (place.staging / RECORD).write_text(files.strict_json(record, indent=2, sort_keys=True) + "\n")
 
 
@@ -103,6 +107,15 @@ def _write_hf(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, _:
     if hasattr(model.config, "auto_map"):
         del model.config.auto_map  # it names code that is not saved
     model.save_pretrained(folder, state_dict=state)
+
+
+def _saved_names(folder: Path) -> set[str]:
+    """Names of the tensors in the safetensors files of a folder."""
+    names: set[str] = set()
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as content:
+            names |= set(content.keys())
+    return names
 
 
 def _write_original(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, source: Mapping[str, Any]) -> None:

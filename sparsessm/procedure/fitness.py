@@ -29,7 +29,7 @@ def check_model(options: Options, layout: Layout) -> tuple[int, int]:
             f"--minlayer {options.minlayer} and --maxlayer {options.maxlayer} leave none of the model's {count} layers"
         )
     if recipe.removes_parts:
-        _check_parts(options, len(mixers), count)
+        _check_parts(options, layout, len(mixers), count)
         return first, stop
     structure, m = recipe.structure, options.prunem
     if options.prune_A and structure != "entries":
@@ -44,7 +44,11 @@ def check_model(options: Options, layout: Layout) -> tuple[int, int]:
     return first, stop
 
 
-def _check_parts(options: Options, mixers: int, layers: int) -> None:
+def _check_parts(options: Options, layout: Layout, mixers: int, layers: int) -> None:
+    if options.removal_target == "mamba_block" and layout.row.without_layer is None:
+        raise InputError(
+            f"a config of {layout.model.config.model_type} cannot say that a layer is removed: use --shed_target ssm"
+        )
     steps = round(options.share * mixers)
     if steps == 0:
         raise InputError(f"--sparsity {options.sparsity} removes none of the {mixers} layers in range")
