@@ -3,7 +3,8 @@
     python scripts/bench_inference.py CKPT [CKPT ...] [--prompt 512] [--tokens 64] [--batch 1] [--rounds 5]
 
 The others are compared with the first checkpoint: give the dense one. A checkpoint is a folder in either layout,
-a hub id, or demo. Runs on the GPU where there is one. `state` is the cache of all sequences.
+a hub id, or demo. Runs on the GPU where there is one. `state` is the cache of all sequences, its parts are those of each;
+`spread` goes from the fastest round to the slowest, of prefill and decoding. A difference inside of it is called none.
 """
 
 from __future__ import annotations

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sparsessm.errors import InputError
 from sparsessm.models import checkpoint
 from sparsessm.models.checkpoint import Source
 from sparsessm.models.family import architecture_of
 from sparsessm.models.place import MASKS
+
+# Parts of a cache, and how the attributes of stock's layers of a cache begin that hold them.
+STATES = {"SSM": ("recurrent_states",), "convolution": ("conv_states",), "key-value": ("keys", "values")}
 
 # Times closer than this are called the same.
 _SAME_TIME = 0.05
@@ -41,6 +45,7 @@ class Costs:
         parameters: how many there are, tied ones once. nonzero: the share of them that is neither zero nor marked as
             pruned in masks.safetensors.
         parameter_bytes, file_bytes: in memory and on disk. state_bytes: the cache of all sequences.
+        states: bytes of the cache of one sequence, by STATES.
         peak_bytes: most that the device's allocator held for this model, None where the device does not count.
     """
 
@@ -52,6 +57,7 @@ class Costs:
     parameter_bytes: int
     state_bytes: int
     file_bytes: int
+    states: Mapping[str, int] = field(default_factory=dict)
     peak_bytes: int | None = None
 
     @property
@@ -95,7 +101,8 @@ def measure(
                 parameters=sum(parameter.numel() for parameter in sizes),
                 nonzero=nonzero_share(source, model),
                 parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in sizes),
-                state_bytes=mine[0].state_bytes,
+                state_bytes=sum(mine[0].states.values()),
+                states={kind: size // batch for kind, size in mine[0].states.items()},
                 file_bytes=sum(file.stat().st_size for file in source.files),
                 peak_bytes=None if device.type != "cuda" else max(turn.peak_bytes for turn in mine),
             )
@@ -105,11 +112,11 @@ def measure(
 
 @dataclass(frozen=True)
 class _Turn:
-    """One prompt and its continuation: seconds, and bytes of the state and at the peak."""
+    """One prompt and its continuation: seconds, bytes of the cache by STATES, and bytes at the peak."""
 
     prefill: float
     decode: float
-    state_bytes: int
+    states: dict[str, int]
     peak_bytes: int
 
 
@@ -121,15 +128,20 @@ def _turn(model: nn.Module, ids: Tensor, tokens: int) -> _Turn:
     start = _now(ids.device)
     out = model(ids, use_cache=True, logits_to_keep=1)
     prompted = _now(ids.device)
+    name = "cache_params" if "cache_params" in out else "past_key_values"
     for _ in range(tokens):
-        out = model(out.logits[:, -1:].argmax(-1), cache_params=out.cache_params, use_cache=True)
+        out = model(out.logits[:, -1:].argmax(-1), use_cache=True, **{name: out[name]})
     done = _now(ids.device)
     peak = 0
     if ids.is_cuda:
         own = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         peak = torch.cuda.max_memory_allocated(ids.device) - before + own
-    state = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(out.cache_params.layers))
-    return _Turn(prompted - start, done - prompted, state, peak)
+    states = dict.fromkeys(STATES, 0)
+    for layer in out[name].layers:
+        for kind, begins in STATES.items():
+            held = [value for attribute, value in vars(layer).items() if attribute.startswith(begins)]
+            states[kind] += sum(tensor.numel() * tensor.element_size() for tensor in _tensors(held))
+    return _Turn(prompted - start, done - prompted, states, peak)
 
 
 def _now(device: torch.device) -> float:
@@ -140,16 +152,8 @@ def _now(device: torch.device) -> float:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors of the layers of a cache, wherever this version of transformers keeps them."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif type(value).__module__.startswith("transformers."):
-        yield from _tensors(vars(value))
+    """All tensors of an attribute: one, or several in a list or by number."""
+    return (tensor for tensor in tree_leaves(value) if isinstance(tensor, Tensor))
 
 
 def nonzero_share(source: Source, model: nn.Module) -> float:
@@ -178,7 +182,9 @@ def cells(costs: Costs) -> dict[str, str]:
         "decode us/token": f"{statistics.median(costs.decode) * 1e6:.1f}",
         "parameters MiB": f"{costs.parameter_bytes / 2**20:.2f}",
         "state KiB": f"{costs.state_bytes / 2**10:.1f}",
+        "spread": f"{_spread(costs.prefill):.0%}, {_spread(costs.decode):.0%}",
     }
+    row |= {f"{kind} KiB each": f"{size / 2**10:.1f}" for kind, size in costs.states.items() if size}
     if costs.peak_bytes is not None:
         row["peak MiB"] = f"{costs.peak_bytes / 2**20:.2f}"
     return row | {"file MiB": f"{costs.file_bytes / 2**20:.2f}", "non-zero": f"{costs.nonzero:.1%}"}
@@ -208,6 +214,11 @@ def _gained(first: Costs, other: Costs) -> str:
     figures += [f"{what} {ratio:.3f}x" for what, ratio in size.items()]
     cost = f" at the cost of {_listed(losses)}" if losses else ""
     return f"{other.name}, {_change(first, other)}, gained {_listed(gains) or 'nothing'}{cost} ({', '.join(figures)})"
+
+
+def _spread(times: Sequence[float]) -> float:
+    """From the fastest round to the slowest, as a share of the median."""
+    return (max(times) - min(times)) / statistics.median(times)
 
 
 def _change(first: Costs, other: Costs) -> str:

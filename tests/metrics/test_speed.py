@@ -14,6 +14,8 @@ from scripts.bench_inference import bench
 from sparsessm.errors import InputError
 from sparsessm.metrics.speed import Costs, cells, measure, nonzero_share, verdict
 from sparsessm.models import checkpoint
+from sparsessm.models.architecture import Layout
+from tests.family import HYBRIDS, random_model_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, D, N, K, BATCH = 2, 32, 6, 4, 3
@@ -90,6 +92,25 @@ def test_the_state_spaces_layout_is_measured_as_well(pruned, tmp_path):
     assert costs.state_bytes == LAYERS * 4 * BATCH * D * (K + 3)
 
 
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_the_caches_of_hybrids_are_counted_by_kind(tmp_path, kind):
+    model = random_model_of(kind)
+    model.save_pretrained(tmp_path / kind)
+    (costs,) = measure([str(tmp_path / kind)], **SHORT)
+    layout, steps = Layout(model), SHORT["prompt"] + SHORT["tokens"]
+    mixers = [mixer for layer in layout.layers if (mixer := layout.mixer(layer))]
+    H_P_N = 32 * 6
+    channels = 32 if kind == "jamba" else 32 + 2 * 6
+    whole = sum(map(layout.whole_windows, layout.layers))
+    keys = 2 * (4 * 8 if kind == "zamba2" else 2 * 4)  # of heads that keep keys and values
+    assert costs.states == {
+        "SSM": 4 * len(mixers) * H_P_N, "convolution": 4 * len(mixers) * channels * K, "key-value": 4 * whole * keys * steps
+    }  # fmt: skip
+    assert costs.state_bytes == BATCH * sum(costs.states.values())
+    row = cells(costs)
+    assert row["SSM KiB each"] == f"{costs.states['SSM'] / 1024:.1f}" and "key-value KiB each" in row
+
+
 @pytest.mark.parametrize("word", ["prompt", "tokens", "batch", "rounds"])
 def test_lengths_below_one_are_refused(tiny_checkpoint, word):
     with pytest.raises(InputError, match=f"--{word} must be at least 1"):
@@ -141,6 +162,7 @@ def test_the_peak_counts_where_it_is_known():
 def test_a_row_holds_medians():
     row = cells(DENSE)
     assert (row["prefill us/token"], row["decode us/token"], row["non-zero"]) == ("4.0", "2000.0", "100.0%")
+    assert row["spread"] == "25%, 0%"  # of prefill: from 4 to 5, about 4
 
 
 # --- the script ----------------------------------------------------------------------------------------------------
