@@ -9,15 +9,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparsessm.errors import InputError
+from sparsessm.kernels.selective_scan import force_kernel
 from sparsessm.layerwise.layer import each_layer
 from sparsessm.layerwise.stream import Stream
 from sparsessm.models.architecture import Layout
 from sparsessm.models.family import ARCHITECTURES
+from sparsessm.models.mamba2 import _OutputLoss
 from sparsessm.options import Options
 from sparsessm.procedure.plan import plan_of
 from sparsessm.procedure.prune import prune
 from sparsessm.runs.journal import Journal
-from tests.family import HYBRIDS, OTHERS, VARIANTS, family_checkpoint, random_model_of, stock_perplexity
+from tests.family import GATE_FIRST, HYBRIDS, OTHERS, VARIANTS, family_checkpoint, random_model_of, stock_perplexity
 
 IDS = torch.randint(64, (5, 21), generator=torch.Generator().manual_seed(3))
 
@@ -92,6 +94,35 @@ def test_arguments_of_layers_that_differ_from_batch_to_batch_are_refused(monkeyp
     monkeypatch.setattr(model.model, "forward", lambda **given: plain(**{**given, "position_ids": given["input_ids"]}))
     with pytest.raises(InputError, match="depend on the text in a way that is not known"):
         Stream.embed(Layout(model), IDS, device="cpu", offload="cpu", batch=2)
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["heads", "states"])
+@pytest.mark.parametrize("sizes", [{}, OTHERS["falcon_h1"], GATE_FIRST], ids=["no norm", "norm first", "gate first"])
+def test_losses_of_falcon_h1_are_the_derivative_of_its_output(sizes, states):
+    layout = Layout(random_model_of("falcon_h1", **sizes))
+    mixer = layout.mixer(layout.layers[0])
+    H, P, G, N = mixer.sizes
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((2, 7, H, P), (2, 7, H, P), (2, 7, H * P), (2, H, P, N))
+    y, lost, z, last = (torch.randn(shape, generator=generator) for shape in shapes)
+    C = torch.randn(2, G, N, generator=generator)
+    gram = torch.zeros(1, N, N) if states else torch.zeros(1, H, H)
+    loss = _OutputLoss(mixer, z, gram.double())
+    if states:
+        loss.add_states(y, 3, last, C)
+        parts = last * C.repeat_interleave(H // G, 1)[:, :, None]
+        y, z, alone = y[:, 3:4], z[:, 3:4], [parts[:, None, ..., n] for n in range(N)]
+    else:
+        loss.add_heads(y, lost)
+        alone = [torch.zeros_like(lost).index_copy(2, torch.tensor([h]), lost[:, :, h : h + 1]) for h in range(H)]
+
+    def out(y):
+        return mixer._gated_norm(y.flatten(2), z) @ mixer.module.out_proj.weight.T
+
+    with force_kernel("ref"):
+        losses = torch.stack([torch.func.jvp(out, (y,), (one,))[1].flatten() for one in alone])
+    scale = float(losses.norm() ** 2 / len(alone))
+    torch.testing.assert_close(loss.gram[0].float(), losses @ losses.T, rtol=1e-3, atol=1e-4 * scale)
 
 
 # --- whole runs
