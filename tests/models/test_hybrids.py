@@ -174,8 +174,9 @@ REMOVED = [
     *((kind, "heads", {}) for kind in ("nemotron_h", "bamba", "granitemoehybrid", "falcon_h1")),
     ("nemotron_h", "heads", OTHERS["nemotron_h"]),
     ("falcon_h1", "heads", OTHERS["falcon_h1"]),
+    ("falcon_mamba", "columns", {}),
 ]
-STATES = {"nemotron_h": "ssm_state_size"}
+STATES = {"nemotron_h": "ssm_state_size", "falcon_mamba": "state_size"}
 HEADS = {"nemotron_h": "mamba_num_heads"}
 
 
