@@ -14,7 +14,7 @@ and for the quantities of one selective scan (Gu and Dao 2023, section 3; docs/D
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from sparsessm.version import __version__
 
 if TYPE_CHECKING:
     from sparsessm.api import calibration, evaluation, load, perplexity, prune, save
@@ -29,7 +29,7 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "Result", "calibration", "evaluation", "load", "perplexity", "prune", "register_saliency", "save",
+    "Result", "__version__", "calibration", "evaluation", "load", "perplexity", "prune", "register_saliency", "save",
 ]  # fmt: skip
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-import sparsessm
 from sparsessm.models.history import History, Ledger, counts_of
 from sparsessm.procedure.removal import RemovedParts
+from sparsessm.version import __version__
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def result_of(history: History, ledger: Ledger, removed: RemovedParts) -> Result
 
 def versions() -> dict[str, str]:
     """Versions of the packages that a figure may depend on."""
-    found = {"sparsessm": sparsessm.__version__, "python": sys.version.split()[0]}
+    found = {"sparsessm": __version__, "python": sys.version.split()[0]}
     for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "mamba-ssm", "lm-eval"):
         try:
             found[package] = metadata.version(package)
