@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsessm.metrics import zero_shot
 from sparsessm.metrics.tasks import TASKS
+from tests.family import family_checkpoint
 
 pytest.importorskip("lm_eval", reason="pip install -r requirements-zero-shot.txt")
 
@@ -127,6 +128,15 @@ def test_figures_by_hand_the_metric_rule_and_the_mean(run_main, tmp_path, dense)
     lines = "".join(json.dumps(document, sort_keys=True) + "\n" for document in DOCUMENTS)
     assert outcome.metrics["data_sha256"]["zero-shot both"] == hashlib.sha256(lines.encode()).hexdigest()
     assert outcome.metrics["versions"]["lm-eval"].startswith("0.4")
+
+
+def test_a_hybrid_is_asked(run_main, demo_dir, tmp_path):
+    model = family_checkpoint(tmp_path / "in", demo_dir, "nemotron_h")
+    folder = write_task(tmp_path / "tasks", "plain", metric_list=ONLY_ACC)
+    outcome = run_main([model, *QUICK[1:], *flags(folder, "plain")])
+    assert outcome.code == 0, outcome.stderr
+    right = [int(row.argmax()) == label for row, label in zip(log_likelihoods(model), LABELS, strict=True)]
+    assert outcome.metrics["zero_shot"]["plain"]["value"] == pytest.approx(float(np.mean(right)))
 
 
 def test_the_pruned_model_is_asked_and_saved_as_without_being_asked(run_main, tmp_path, dense):
