@@ -179,8 +179,8 @@ def command(*argv):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_it_prunes_ends_with_the_line_that_resumes(tmp_path, text_folder, number):
-    argv = ["demo", text_folder, *A_LOG, "--seqlen", 256, "--nsamples", 64, "--eval_windows", 2, "--base_dir", tmp_path]
+def test_a_signal_while_it_prunes_ends_with_the_line_that_resumes(run_main, tmp_path, text_folder, number):
+    argv = ["demo", text_folder, *A_LOG, "--seqlen", 256, "--nsamples", 16, "--eval_windows", 2, "--base_dir", tmp_path]
     process = command(*argv)
     while process.poll() is None and not list(tmp_path.glob("default/*/layers/ssm-0001*")):
         time.sleep(0.01)
@@ -189,9 +189,8 @@ def test_a_signal_while_it_prunes_ends_with_the_line_that_resumes(tmp_path, text
     (folder,) = tmp_path.glob("default/*")
     assert process.returncode == 130 and "Traceback" not in text
     assert text.strip().splitlines()[-1] == f"interrupted: resume it by: python main.py --resume {folder}"
-    resumed = command("--resume", folder)
-    text, _ = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, text
+    resumed = run_main(["--resume", folder], base_dir=False)
+    assert resumed.code == 0, resumed.stderr
 
 
 @pytest.mark.slow
@@ -204,14 +203,14 @@ def test_a_signal_before_anything_is_begun():
 
 
 @pytest.mark.slow
-def test_neither_code_nor_home_can_be_written(tmp_path, text_folder):
+def test_neither_code_nor_home_can_be_written(tmp_path, tiny_checkpoint, text_folder):
     """A container's image, or an install that others share: compiled code finds no place, and the run its result."""
     others = shutil.ignore_patterns("__pycache__", ".*", "experiments", "tests")
     code = Path(shutil.copytree(ROOT, tmp_path / "code", ignore=others))
     for folder in [code, *[path for path in code.rglob("*") if path.is_dir()]]:
         (folder / "__pycache__").touch()
     (tmp_path / "home").touch()
-    argv = ["demo", text_folder, *map(str, A_LOG), "--seqlen", "64", "--nsamples", "4", "--eval_windows", "2"]
+    argv = [tiny_checkpoint(), text_folder, *A_LOG, *SMALL]
     for environment in ({"HOME": tmp_path / "home", "XDG_CACHE_HOME": tmp_path / "home"}, {"NUMBA_DISABLE_JIT": "1"}):
         done = subprocess.run(
             [sys.executable, str(code / "main.py"), *map(str, argv), "--base_dir", str(tmp_path / "runs")], cwd=tmp_path,
@@ -223,21 +222,19 @@ def test_neither_code_nor_home_can_be_written(tmp_path, text_folder):
 
 
 @pytest.mark.slow
-def test_two_runs_that_save_to_one_place(tmp_path, text_folder):
+def test_two_runs_that_save_to_one_place(run_main, tmp_path, text_folder):
     """The second is refused while the first, stopped in the middle of its work, holds the place."""
-    sizes = ["--seqlen", 256, "--nsamples", 64, "--eval_windows", 2]
+    sizes = ["--seqlen", 256, "--nsamples", 16, "--eval_windows", 2]
     base = ["demo", text_folder, *A_LOG, *sizes, "--base_dir", tmp_path / "runs"]
     first = command(*base, "--save", tmp_path / "out")
     while first.poll() is None and not list(tmp_path.glob("runs/default/*/layers/ssm-0000*")):
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)
-    second = command(*base, "--save", tmp_path / "out")
-    text, _ = second.communicate(timeout=120)
-    assert second.returncode == 2 and "another run is writing there" in text.strip().splitlines()[-1]
+    second = run_main([*base, "--save", tmp_path / "out"], base_dir=False)
+    assert second.code == 2 and "another run is writing there" in last(second)
     (held,) = [path for path in tmp_path.glob("runs/default/*") if list(path.glob("layers/ssm-*"))]
-    resumed = command("--resume", held)
-    text, _ = resumed.communicate(timeout=120)
-    assert resumed.returncode == 2 and "another process is working on this run" in text.strip().splitlines()[-1]
+    resumed = run_main(["--resume", held], base_dir=False)
+    assert resumed.code == 2 and "another process is working on this run" in last(resumed)
     first.send_signal(signal.SIGCONT)
     text, _ = first.communicate(timeout=120)
     assert first.returncode == 0, text

@@ -19,3 +19,9 @@ def checkpoint_of(tmp_path, demo_dir):
         return folder
 
     return make
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_model) -> Path:
+    tiny_model().save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"

@@ -345,10 +345,9 @@ def test_a_grid_is_filled_killed_gone_on_with_and_left_alone_when_done(tmp_path,
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "mamba"}')
     base, out = tmp_path / "runs", tmp_path / "out"
-    words = ["ssm_50", "--models", broken, "demo", "--dataset", text_folder, *SMALL, "--only", "dense", "sparsessm",
-             "--base_dir", base, "--out", out]  # fmt: skip
+    words = ["ssm_50", "--dataset", text_folder, *SMALL, "--only", "dense", "sparsessm", "--base_dir", base, "--out", out]
 
-    process = command(*words, start_new_session=True)
+    process = command(*words, "--models", "demo", start_new_session=True)
     while not (list(base.glob("demo-dense-*/*/metrics.json")) and list(base.glob("demo-sparsessm-*/*/options.json"))):
         assert process.poll() is None
         time.sleep(0.01)
@@ -357,7 +356,7 @@ def test_a_grid_is_filled_killed_gone_on_with_and_left_alone_when_done(tmp_path,
     done = {path: time for path, time in snapshot(base).items() if path.parent.parent.name.startswith("demo-dense-")}
     assert not out.exists()
 
-    process = command(*words)
+    process = command(*words, "--models", broken, "demo")
     _, err = process.communicate()
     assert process.returncode == 1
     failed = [line for line in err.splitlines() if line.startswith("failed: ")]
@@ -374,7 +373,7 @@ def test_a_grid_is_filled_killed_gone_on_with_and_left_alone_when_done(tmp_path,
     assert metrics["sparsity"]["ssm"] == 0.5
 
     before = snapshot(base)
-    process = command(*[word for word in words if word != broken])
+    process = command(*words, "--models", "demo")
     process.communicate()
     assert process.returncode == 0 and snapshot(base) == before
     assert sorted(path.name for path in out.iterdir()) == ["ssm_50.csv", "ssm_50.json", "ssm_50.md", "ssm_50.tex"]

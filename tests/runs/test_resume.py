@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = ["demo", "demo", "--seqlen", "256", "--nsamples", "12", "--eval_windows", "8", "--calib_batch", "2", "--eval_dense",
+WORDS = ["demo", "demo", "--seqlen", "128", "--nsamples", "12", "--eval_windows", "6", "--calib_batch", "2", "--eval_dense",
          "--method", "sparsessm", "--prune_A", "--prune_layers", "--sparsity", "0.5", "--alpha", "0.04"]  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -39,7 +39,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_bytes(undisturbed, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(undisturbed, run_main, tmp_path):
     """Killed at several random moments of its work, and at last let finish."""
     rng, out, runs = random.Random(0), tmp_path / "out", tmp_path / "runs"
     process = command(*WORDS, "--base_dir", str(runs), "--save", str(out))
@@ -59,8 +59,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(undisturbed, tmp_path):
     assert digest(out) == digest(undisturbed)
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
     assert not (run / "layers").exists()
-    again = command("--resume", str(run))
-    assert "has finished" in again.communicate()[1] and again.returncode == 2
+    again = run_main(["--resume", run], base_dir=False)
+    assert "has finished" in again.stderr and again.code == 2
 
 
 def progress(runs):
@@ -96,7 +96,7 @@ def test_processes_share_a_job_and_agree_with_one(undisturbed, tmp_path, count):
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_with_its_error(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    process = command(*WORDS, "--seqlen", "512", "--nsamples", "64", "--base_dir", str(tmp_path), launcher=launcher)
+    process = command(*WORDS, "--nsamples", "24", "--base_dir", str(tmp_path), launcher=launcher)
     while not progress(tmp_path) or not list(tmp_path.glob("default/*/layers/ssm-*")):
         assert process.poll() is None
         time.sleep(0.05)
