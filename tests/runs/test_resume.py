@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["--model_path", "demo", "--seqlen", "128", "--nsamples", "12", "--eval_windows", "6", "--calib_batch", "2",
-         "--eval_dense", "--method", "sparsessm", "--prune_A", "--prune_layers", "--sparsity", "0.5", "--alpha", "0.04"]  # fmt: skip
+         "--eval_dense", "--method", "sparsessm", "--prune_A", "--prune_layers", "--sparsity", "0.5",
+         "--alpha", "0.04"]  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
