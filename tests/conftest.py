@@ -33,6 +33,12 @@ WORDS = """time state model river stone light window paper garden music silver m
 and to in that was with from which over under between after before never always seven green quiet small""".split()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process begins one of them when the others have nothing left to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def random_model(*, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> MambaForCausalLM:
     """A stock model on the CPU in which no parameter is constant, ordered or symmetric."""
     defaults = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=6, conv_kernel=4, time_step_rank=3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -54,12 +55,22 @@ def load_tasks(names: Sequence[str], include: str | None) -> dict[str, Any]:
         raise InputError(f"--eval_zero_shot needs {' and '.join(missing)}: {_INSTALL}, or leave the flag out")
     declared = _declared(Path(include).expanduser()) if include else {}
     with _bars_for_watchers():
-        from lm_eval.tasks import TaskManager
-
         # indexing the harness's own 14 thousand tasks takes seconds: only where one of them is asked for
         own = not declared.keys() >= set(names)
-        manager = TaskManager(include_path=include and str(Path(include).expanduser()), include_defaults=own)
+        manager = _index(str(Path(include).expanduser()), own) if include else _own_index()
         return {name: _load_task(manager, name, declared) for name in names}
+
+
+def _index(include: str | None, own: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include, include_defaults=own)
+
+
+@functools.cache
+def _own_index() -> Any:
+    """The harness's own tasks alone, which do not change while the process lives."""
+    return _index(None, True)
 
 
 def _declared(folder: Path) -> dict[str, Path]:

@@ -285,8 +285,12 @@ def mask_map(record: Record) -> MaskMap | None:
     per_column = -(-channels // _MASK_COLUMNS)
     layers = []
     for layer, mask in masks.items():
-        pieces = mask.double().split(per_column)  # (D,N) -> of (per_column,N)
-        layers.append((layer, torch.stack([piece.mean(0) for piece in pieces], 1).numpy()))
+        rows = mask.double()  # (D,N)
+        whole = len(rows) // per_column * per_column
+        shares = [rows[:whole].unflatten(0, (whole // per_column, per_column)).mean(1)]  # (columns,N)
+        if whole < len(rows):
+            shares.append(rows[whole:].mean(0, keepdim=True))
+        layers.append((layer, torch.cat(shares).T.contiguous().numpy()))
     return MaskMap(slug(f"masks {record.name}"), "Masks of A_log", tuple(layers), channels, per_column)
 
 

@@ -270,9 +270,7 @@ def test_names_that_the_harness_does_not_know_as_a_task(run_main):
 
 @pytest.mark.slow
 def test_the_papers_tasks_are_scored_as_in_its_tables():
-    from lm_eval.tasks import TaskManager
-
-    index = TaskManager().task_index
+    index = zero_shot._own_index().task_index
     found = {}
     for name in TASKS:
         found[name] = zero_shot.metric_of(name, {entry["metric"] for entry in index[name].cfg["metric_list"]})
@@ -308,11 +306,12 @@ def test_the_harness_is_not_loaded_where_it_is_not_asked_for():
 
 
 @pytest.mark.slow
-def test_the_first_of_several_processes_asks(tmp_path, dense):
+def test_the_first_of_several_processes_asks(tmp_path, dense, text_folder):
     folder = write_task(tmp_path / "tasks", "both")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "main.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *QUICK, *flags(folder, "both"), "--base_dir", str(tmp_path / "runs")], cwd=ROOT,
+    argv = ["demo", str(text_folder), *QUICK[2:], *flags(folder, "both"), "--base_dir", str(tmp_path / "runs")]
+    done = subprocess.run([*launch, *argv], cwd=ROOT,
                           env=environment, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     (run,) = tmp_path.glob("runs/default/*")

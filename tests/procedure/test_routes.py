@@ -30,7 +30,7 @@ PLACE = {"device": "cpu", "offload": "cpu", "batch": 4}
 @pytest.fixture(scope="module")
 def demo():
     before = torch.get_num_threads()
-    torch.set_num_threads(2)  # sums of another cut have other roundings, and near ties fall otherwise
+    torch.set_num_threads(1)  # sums of another cut have other roundings, and near ties fall otherwise; and two would spin
     yield from _demo()
     torch.set_num_threads(before)
 
@@ -38,7 +38,7 @@ def demo():
 def _demo():
     source = checkpoint.find("demo")
     tokenizer = load_tokenizer(source)
-    calibration = text.calibration_windows("demo", tokenizer, 8, 128, seed=0).ids
+    calibration = text.calibration_windows("demo", tokenizer, 8, 128, seed=1).ids
     yield source, calibration, text.cut_windows(text.evaluation_stream("demo", tokenizer, 128).ids, 128, 8)
 
 

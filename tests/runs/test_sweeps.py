@@ -19,7 +19,7 @@ from sparsessm.runs import sweeps
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "scripts" / "sweeps").glob("*.yaml"))
-SMALL = ["model_path=demo", "dataset=demo", "seqlen=64", "nsamples=4", "eval_windows=2"]
+SMALL = ["model_path=demo", "seqlen=64", "nsamples=4", "eval_windows=2"]
 
 
 def sweep_file(folder, text):
@@ -169,9 +169,10 @@ def test_a_job_of_the_array_runs_its_point():
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_in_parallel_and_its_points_are_there_for_the_array(tmp_path):
+def test_a_sweep_runs_in_parallel_and_its_points_are_there_for_the_array(tmp_path, text_folder):
     file, base = ROOT / "scripts" / "sweeps" / "aggregation.yaml", tmp_path / "runs"
-    words = [str(file), "--set", *SMALL, "aggregate=vote", "--base_dir", str(base), "--out", str(tmp_path / "out")]
+    words = [str(file), "--set", *SMALL, f"dataset={text_folder}", "aggregate=vote", "--base_dir", str(base),
+             "--out", str(tmp_path / "out")]  # fmt: skip
 
     def call(*more):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -190,7 +191,8 @@ def test_a_sweep_runs_in_parallel_and_its_points_are_there_for_the_array(tmp_pat
         rows = list(csv.DictReader(stream))
     for row in rows:
         metrics = json.loads((Path(row["run"]) / "metrics.json").read_text())
-        assert float(row["perplexity demo"]) == metrics["perplexity"]["demo"] and float(row["ssm"]) == 0.5
+        assert float(row[f"perplexity {text_folder.name}"]) == metrics["perplexity"][str(text_folder)]
+        assert float(row["ssm"]) == 0.5
     assert {row["saliency"] for row in rows} == {"a_log", "transition"}
     assert call("--workers", "2").returncode == 0
     assert runs == {path: path.stat().st_mtime_ns for path in base.glob("*/*/metrics.json")}
