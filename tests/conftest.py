@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+# One thread for all tests and for the processes that they start: the tests' own processes share the cores, threads that
+# wait for each other in a loop take the time of the others, and rounding is the same however the tests are run.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ if not torch.cuda.is_available():
 
 from transformers import MambaConfig, MambaForCausalLM
 
+from sparsessm.corpora import text
 from sparsessm.layerwise.stream import Stream
 from sparsessm.models.architecture import Layout
 from sparsessm.options import Options
@@ -158,8 +160,8 @@ def text_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     for split, lines in (("train", 120), ("test", 40)):
         draw = random.Random(split)
-        text = "\n".join(" ".join(draw.choices(WORDS, k=12)) + " ." for _ in range(lines))
-        (folder / f"{split}.txt").write_text(text + "\n", encoding="utf-8")
+        rows = "\n".join(" ".join(draw.choices(WORDS, k=12)) + " ." for _ in range(lines))
+        (folder / f"{split}.txt").write_text(rows + "\n", encoding="utf-8")
     return folder
 
 
@@ -175,6 +177,23 @@ def tiny_checkpoint(tmp_path, demo_dir):
         return folder
 
     return make
+
+
+_TOKENS: dict[tuple[str, str], torch.Tensor] = {}
+
+
+@pytest.fixture
+def tokenised_once(monkeypatch):
+    """Runs in this process share the tokens of a text, which take as long as a small run itself."""
+    tokenise = text._tokenise
+
+    def once(tokenizer: Any, content: str) -> torch.Tensor:
+        key = (tokenizer.backend_tokenizer.to_str(), content)
+        if key not in _TOKENS:
+            _TOKENS[key] = tokenise(tokenizer, content)
+        return _TOKENS[key].clone()
+
+    monkeypatch.setattr(text, "_tokenise", once)
 
 
 class Outcome(NamedTuple):

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["demo", "demo", "--seqlen", "128", "--nsamples", "8", "--eval_windows", "12"]
 HALF = ["--sparsity", "0.5"]
 
+pytestmark = pytest.mark.usefixtures("tokenised_once")
+
 
 def digest(folder):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(folder).iterdir())}

@@ -30,7 +30,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-import torch
 from tqdm import tqdm
 
 from sparsessm import options
@@ -160,6 +159,8 @@ def fill(
     if workers < 1:
         raise InputError(f"--workers must be at least 1, not {workers}")
     if devices is None:
+        import torch  # here, so that commands that run nothing need not wait for it
+
         devices = device_names(torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     return _Job(list(cells), Path(base_dir), workers, devices, group).run()
 

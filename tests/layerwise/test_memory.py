@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-# Page faults of twenty tensors of 48 MiB, one after the other in the same place.
+# Page faults of eight tensors of 48 MiB, one after the other in the same place.
 CHURN = """
 import resource
 import torch
@@ -12,10 +12,10 @@ from sparsessm.layerwise.memory import keep_freed
 if {keep}:
     keep_freed()
 torch.set_num_threads(1)
-for _ in range(20):  # the heap finds its shape
+for _ in range(8):  # the heap finds its shape
     torch.ones(12 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
+for _ in range(8):
     torch.ones(12 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """

@@ -23,6 +23,8 @@ pytest.importorskip("lm_eval", reason="pip install -r requirements-zero-shot.txt
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["demo", "demo", "--seqlen", "128", "--nsamples", "4", "--eval_windows", "1"]
 
+pytestmark = pytest.mark.usefixtures("tokenised_once")
+
 # Questions with choices of different lengths, in letters of one, two and three bytes; the last number is the right one.
 DOCUMENTS = [
     {"text": text, "choices": choices, "label": label}

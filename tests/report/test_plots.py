@@ -8,6 +8,8 @@ import pytest
 
 QUICK = ["demo", "demo", "--seqlen", "128", "--nsamples", "4", "--eval_windows", "4"]
 
+pytestmark = pytest.mark.usefixtures("tokenised_once")
+
 
 @pytest.mark.slow
 def test_plots_for_papers(experiments, run_report, tmp_path, capsys):
