@@ -20,6 +20,10 @@ from transformers import (
     Zamba2Config,
 )
 
+from sparsessm.layerwise.layer import each_layer
+from sparsessm.layerwise.stream import Stream
+from sparsessm.models.architecture import Layout
+
 TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
 HEADS = {"mamba_n_heads": 8, "mamba_d_head": 4, "mamba_d_state": 6, "mamba_chunk_size": 8}
@@ -105,6 +109,14 @@ def random_model_of(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.floa
                 new = 0.5 * noise
             parameter.data.copy_(new)
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def logits_of(layout: Layout, ids: torch.Tensor, steps: int = 8, batch: int = 2, **placement: Any) -> torch.Tensor:
+    """Logits (n,L,V) of token ids (n,L) by our way, layer by layer in pieces of so many steps."""
+    stream = Stream.embed(layout, ids, **{"device": "cpu", "offload": "cpu", **placement}, batch=batch, steps=steps)
+    for _ in each_layer(layout, stream):
+        pass
+    return layout.leave(stream.hidden[:, :].flatten(0, 1)).view(*ids.shape, -1)
 
 
 def family_checkpoint(folder: Path, demo: Path, kind: str, **sizes: Any) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm.kernels.selective_scan import SUM_DTYPE, ScanSums, kernel_for
+from sparsessm.kernels.selective_scan import SUM_DTYPE, ScanSums, decays, kernel_for
 
 # Time steps of a chunk: the products within a chunk grow with it, the states that are kept shrink.
 CHUNK = 32
@@ -129,7 +129,7 @@ def chunked_scan(
 
 def _scan_of(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, h0: Tensor | None) -> _Chunks | _OnePass:
     kernels = compiled_kernels(u, dt, A, B)
-    if kernels is None or not kernels.decays(dt, A):
+    if kernels is None or not decays(A, dt):
         return _Chunks(u, dt, A, B, h0)
     return _OnePass(kernels, u, dt, A, B, h0)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsessm.kernels import heads_piece, lanes
 from sparsessm.kernels.compiled import kept, source_of
 from sparsessm.kernels.lanes import LANES
-from sparsessm.kernels.scan_cpu import PIECES, view_of
+from sparsessm.kernels.scan_cpu import PIECES, flat, view_of
 from sparsessm.threads import for_each
 
 
@@ -38,11 +38,6 @@ def _compiled(source: str) -> tuple[Callable[[Any], None], ...]:
 _scan, _conv, _norm = _compiled(source_of(lanes, heads_piece))
 
 
-def decays(dt: Tensor, A: Tensor) -> bool:
-    """Whether no state grows; False where a number is undefined."""
-    return bool((A <= 0).all()) and bool((dt >= 0).all())
-
-
 def scan_heads(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -56,8 +51,8 @@ def scan_heads(
     width = -(-heads // -(-PIECES // (batch * G)))
     shape, apart = (steps, H, P, N, heads), np.array(strides)
     tasks = [
-        (b, h, min(h + width, g + heads), shape, apart, *views[:2], _flat(A.double()), *views[2:4], _flat(skip), views[4],
-         _flat(state))
+        (b, h, min(h + width, g + heads), shape, apart, *views[:2], flat(A), *views[2:4], flat(skip), views[4],
+         flat(state))
         for b in range(batch) for g in range(0, H, heads) for h in range(g, g + heads, width)
     ]  # fmt: skip
     for_each(_scan, tasks, min(torch.get_num_threads(), len(tasks)))
@@ -73,7 +68,7 @@ def conv_silu(x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | N
     numbers, stride = view_of(x)
     bias = torch.zeros(channels) if bias is None else bias
     width = -(-channels // LANES // -(-PIECES // batch)) * LANES
-    rest = (steps, channels, K, stride, numbers, _flat(before), _flat(weight[:, 0].T), _flat(bias), _flat(out))
+    rest = (steps, channels, K, stride, numbers, flat(before), flat(weight[:, 0].T), flat(bias), flat(out))
     tasks = [(b, c, min(c + width, channels), *rest) for b in range(batch) for c in range(0, channels, width)]
     for_each(_conv, tasks, min(torch.get_num_threads(), len(tasks)))
     return out
@@ -85,11 +80,7 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, size: int, epsilon: float) 
     out = torch.empty(batch, steps, channels)
     (ys, y_stride), (zs, z_stride) = view_of(y), view_of(z)
     width = -(-steps // -(-PIECES // batch))
-    rest = (steps, channels, size, epsilon, np.array((y_stride, z_stride)), ys, zs, _flat(weight), _flat(out))
+    rest = (steps, channels, size, epsilon, np.array((y_stride, z_stride)), ys, zs, flat(weight), flat(out))
     tasks = [(b, t, min(t + width, steps), *rest) for b in range(batch) for t in range(0, steps, width)]
     for_each(_norm, tasks, min(torch.get_num_threads(), len(tasks)))
     return out
-
-
-def _flat(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().view(-1).numpy()

@@ -20,7 +20,7 @@ FORGOTTEN = -128.0  # below it all is forgotten in float32; sums of larger ones 
 
 @njit(nogil=True)
 def scan_piece(sample, first, last, shape, strides, u, dt, A, B, C, D, y, state):
-    """Heads first to last, all of one group, of one sample; all arrays are flat float32, A float64.
+    """Heads first to last, all of one group, of one sample; all arrays are flat float32.
 
     shape: L, H, P, N and the heads of a group. strides: of sample and time step, for u, dt, B, C and y, float32 (B,L,H,P),
     (B,L,H), (B,L,G,N) and (B,L,H,P). state: (B,H,P,N), before the first step, and then after the last.
@@ -64,7 +64,7 @@ def scan_piece(sample, first, last, shape, strides, u, dt, A, B, C, D, y, state)
             total = 0.0
             for t in range(LANES):
                 if t < length:
-                    total += max(FORGOTTEN, A[h] * dt[sample * strides[1, 0] + (start + t) * strides[1, 1] + h])
+                    total += max(FORGOTTEN, np.float64(A[h]) * dt[sample * strides[1, 0] + (start + t) * strides[1, 1] + h])
                 totals[t] = total
             for t in range(LANES):
                 entering[t], leaving[t] = totals[t], total - totals[t]
@@ -143,14 +143,7 @@ def _put_out(states, at, width, N, Cs, i, rows, entering, mixed, x, p, out):
         a0, b0, a1, b1 = fma(c0, s, a0), fma(c0, r, b0), fma(c1, s, a1), fma(c1, r, b1)
         a2, b2, a3, b3 = fma(c2, s, a2), fma(c2, r, b2), fma(c3, s, a3), fma(c3, r, b3)
     to = i * width + p
-    store(out, to, a0)
-    store(out, to + LANES, b0)
-    store(out, to + width, a1)
-    store(out, to + width + LANES, b1)
-    store(out, to + 2 * width, a2)
-    store(out, to + 2 * width + LANES, b2)
-    store(out, to + 3 * width, a3)
-    store(out, to + 3 * width + LANES, b3)
+    _store_tile(out, to, width, a0, b0, a1, b1, a2, b2, a3, b3)
 
 
 @njit(nogil=True)
@@ -166,14 +159,20 @@ def _renew(states, at, width, whole, Bs, n, rows, left, p):
         c0, c1, c2, c3 = fill_from(Bs, c), fill_from(Bs, c + 1), fill_from(Bs, c + 2), fill_from(Bs, c + 3)
         a0, b0, a1, b1 = fma(c0, s, a0), fma(c0, r, b0), fma(c1, s, a1), fma(c1, r, b1)
         a2, b2, a3, b3 = fma(c2, s, a2), fma(c2, r, b2), fma(c3, s, a3), fma(c3, r, b3)
-    store(states, at, a0)
-    store(states, at + LANES, b0)
-    store(states, at + width, a1)
-    store(states, at + width + LANES, b1)
-    store(states, at + 2 * width, a2)
-    store(states, at + 2 * width + LANES, b2)
-    store(states, at + 3 * width, a3)
-    store(states, at + 3 * width + LANES, b3)
+    _store_tile(states, at, width, a0, b0, a1, b1, a2, b2, a3, b3)
+
+
+@njit(nogil=True)
+def _store_tile(array, at, width, a0, b0, a1, b1, a2, b2, a3, b3):
+    """ROWS rows of two vectors."""
+    store(array, at, a0)
+    store(array, at + LANES, b0)
+    store(array, at + width, a1)
+    store(array, at + width + LANES, b1)
+    store(array, at + 2 * width, a2)
+    store(array, at + 2 * width + LANES, b2)
+    store(array, at + 3 * width, a3)
+    store(array, at + 3 * width + LANES, b3)
 
 
 @njit(nogil=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsessm.kernels import lanes, scan_piece
 from sparsessm.kernels.compiled import kept, source_of
 from sparsessm.kernels.lanes import LANES, LOG2E
-from sparsessm.kernels.selective_scan import EFFECTS, ScanStatistics, selective_scan_ref
+from sparsessm.kernels.selective_scan import EFFECTS, ScanStatistics, decays, selective_scan_ref
 from sparsessm.threads import for_each
 
 PROVIDES = frozenset({"h2", "abar", "hh", "gram"})
@@ -53,7 +53,7 @@ def selective_scan_cpu(
 
     Float64 is left to the reference, and so are states that could grow (a positive or undefined A, a negative dt).
     """
-    if u.dtype == torch.float64 or not _decays(A, delta, delta_bias, delta_softplus):
+    if u.dtype == torch.float64 or not decays(A, delta, delta_bias, delta_softplus):
         return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, statistics)
     statistics = ScanStatistics() if statistics is None else statistics
     batch, steps, channels = u.shape
@@ -74,11 +74,11 @@ def selective_scan_cpu(
     skip = torch.zeros(channels) if D is None else D
     bias = torch.zeros(channels) if delta_bias is None else delta_bias
     inputs = (
-        *views, _flat(A.double() * LOG2E), _flat(skip), _flat(bias), delta_softplus, z is not None, _flat(state),
+        *views, flat(A.double() * LOG2E), flat(skip), flat(bias), delta_softplus, z is not None, flat(state),
         _sums(statistics.h2), _sums(statistics.abar),
     )  # fmt: skip
     effect = EFFECTS.index(statistics.effect)
-    other = np.empty(0, np.float32) if counterfactual is None else _flat(counterfactual)
+    other = np.empty(0, np.float32) if counterfactual is None else flat(counterfactual)
     shape, strides, gram = (batch, steps, channels, N), np.array(strides), _sums(statistics.gram)
     tasks = [(piece, shape, strides, *inputs, part, gram, effect, other) for piece, part in zip(pieces, hh, strict=True)]
     for_each(_scan, tasks, min(torch.get_num_threads(), len(tasks)))
@@ -87,12 +87,6 @@ def selective_scan_cpu(
     if counterfactual is not None:
         statistics.counterfactual = counterfactual
     return y.to(u.dtype), state
-
-
-def _decays(A: Tensor, delta: Tensor, bias: Tensor | None, softplus: bool) -> bool:
-    if not bool((A <= 0).all()):
-        return False
-    return softplus or bool(((delta if bias is None else delta + bias) >= 0).all())
 
 
 def view_of(tensor: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
@@ -105,7 +99,8 @@ def view_of(tensor: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
     return tensor.as_strided((span,), (1,)).numpy(), (sample, step)
 
 
-def _flat(tensor: Tensor) -> np.ndarray:
+def flat(tensor: Tensor) -> np.ndarray:
+    """The memory of a float32 tensor that is contiguous, or of such a copy."""
     return tensor.detach().float().contiguous().view(-1).numpy()
 
 

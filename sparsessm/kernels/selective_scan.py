@@ -205,6 +205,13 @@ def _add_gram(gram: Tensor, lost: Tensor) -> None:
     gram += torch.einsum("bdi,bdj->dij", lost, lost)
 
 
+def decays(A: Tensor, delta: Tensor, bias: Tensor | None = None, softplus: bool = False) -> bool:
+    """Whether no state can grow; False where a number is undefined."""
+    if not bool((A <= 0).all()):
+        return False
+    return softplus or bool(((delta if bias is None else delta + bias) >= 0).all())
+
+
 KERNELS = ("ref", "cpu", "cuda")
 _forced = os.environ.get("SPARSESSM_SCAN") or None
 if _forced is not None and _forced not in KERNELS:

@@ -125,7 +125,7 @@ class Layer:
 
     def weight(self, module: str) -> Tensor:
         """The weight of a module that can be pruned; to be read, not written."""
-        return self.module.get_parameter(f"{self.modules[module].path}.weight").data
+        return self.parameter(f"{module}.weight").data
 
     def gone(self, name: str) -> Tensor | None:
         """Which entries of a parameter were pruned before this run, in its shape; None for none."""

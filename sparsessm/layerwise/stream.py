@@ -87,8 +87,9 @@ class Stream:
                 if not rows.start:
                     stream.entered = stream.beside(entered.shape[1], width, dtype)
                 stream.entered[rows, :] = entered.to(dtype)
-            known = stream.calls.setdefault(rows.stop - rows.start, [call.to(device) for call in calls])
-            if any(not old.equals(new.to(device)) for old, new in zip(known, calls, strict=True)):
+            size, calls = rows.stop - rows.start, [call.to(device) for call in calls]
+            known = stream.calls.setdefault(size, calls)
+            if known is not calls and any(not old.equals(new) for old, new in zip(known, calls, strict=True)):
                 raise InputError(
                     f"the layers of this {layout.model.config.model_type} model get arguments that depend on the text in a "
                     "way that is not known here: pruning it would measure another model"

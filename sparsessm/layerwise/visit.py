@@ -61,7 +61,7 @@ def visit(
     seen, hooks = Visit(), hooks or {}
 
     def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        assert mixer is not None  # it stands in for one
+        assert mixer is not None  # the forward of one is replaced by this
         seen.inputs, seen.conv = kept or mixer.prepare(hidden_states, None if cache is None else cache.conv, hooks)
         if until == "inputs":
             raise _Enough

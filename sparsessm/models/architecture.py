@@ -268,7 +268,7 @@ def _forwards(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
 @contextmanager
 def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Has a function stand in for the forward of a module for a while; its hooks stay."""
+    """Replaces the forward of a module by a function for a while; its hooks stay."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:

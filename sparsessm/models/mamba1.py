@@ -6,7 +6,9 @@ hooks see neither; this forward computes the same function (checked to 1e-5) and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,15 +99,23 @@ class Mamba1Mixer(Mixer):
         return {"x_proj.weight": slice(-self.module.A_log.shape[1], None)}
 
 
-class JambaMixer(Mamba1Mixer):
-    """Jamba: dt, B and C each go through an RMS norm with weights between x_proj and what follows."""
+class _NormedMixer(Mamba1Mixer):
+    """dt, B and C each go through a norm between x_proj and what follows."""
+
+    def _norms(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        raise NotImplementedError
 
     def _normed(self, projected: Tensor) -> Tensor:
-        mixer = self.module
-        R, N = mixer.dt_proj.weight.shape[1], mixer.A_log.shape[1]
-        norms = (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)
+        R, N = self.module.dt_proj.weight.shape[1], self.module.A_log.shape[1]
         parts = projected.split([R, N, N], dim=-1)
-        return torch.cat([norm(part) for norm, part in zip(norms, parts, strict=True)], dim=-1)
+        return torch.cat([norm(part) for norm, part in zip(self._norms(), parts, strict=True)], dim=-1)
+
+
+class JambaMixer(_NormedMixer):
+    """Jamba: RMS norms with weights."""
+
+    def _norms(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        return self.module.dt_layernorm, self.module.b_layernorm, self.module.c_layernorm
 
     def remove(self, structure: str, columns: Tensor) -> Removed:
         """The norms of B and C lose their weights for these states; the means that they divide by are over what stays."""
@@ -114,13 +124,11 @@ class JambaMixer(Mamba1Mixer):
         return {**super().remove(structure, columns), **norms}
 
 
-class FalconMambaMixer(Mamba1Mixer):
-    """Falcon-Mamba: an RMS norm without weights each for dt, B and C after x_proj."""
+class FalconMambaMixer(_NormedMixer):
+    """Falcon-Mamba: RMS norms without weights."""
 
-    def _normed(self, projected: Tensor) -> Tensor:
-        R, N = self.module.dt_proj.weight.shape[1], self.module.A_log.shape[1]
-        parts = projected.split([R, N, N], dim=-1)
-        return torch.cat([_rms(part, self.module.rms_eps) for part in parts], dim=-1)
+    def _norms(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        return (partial(_rms, epsilon=self.module.rms_eps),) * 3
 
 
 def _rms(x: Tensor, epsilon: float) -> Tensor:

@@ -169,14 +169,18 @@ class Mamba2Mixer(Mixer):
             removed["out_proj.weight"] = keep_rows(mixer, "out_proj.weight", channels, dim=1)
             mixer.num_heads = int(heads.sum())
             mixer.intermediate_size = mixer.num_heads * P
-            if hasattr(mixer.norm, "group_size"):
-                mixer.norm.group_size = mixer.intermediate_size // G
         mixer.ssm_state_size = int(states.sum())
         mixer.conv_dim = int(mixed.sum())
         mixer.in_proj.out_features = mixer.in_proj.weight.shape[0]
         mixer.out_proj.in_features = mixer.out_proj.weight.shape[1]
         mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = mixer.conv_dim
+        self._resize(rows)
         return removed
+
+    def _resize(self, rows: Tensor) -> None:
+        """Adapts what besides parameters has the size of in_proj's output, of which rows (bool) are kept, or of the norm."""
+        mixer = self.module
+        mixer.norm.group_size = mixer.intermediate_size // mixer.n_groups
 
     def silenced(self) -> dict[str, slice]:
         """The channels of the convolution that make C: silu(0) is 0."""
@@ -206,18 +210,10 @@ class FalconH1Mixer(Mamba2Mixer):
             return Output(gate.new_ones(()), weight * gate, width, norm.variance_epsilon)
         return Output(gate, weight, width, norm.variance_epsilon)
 
-    def remove(self, structure: str, columns: Tensor) -> Removed:
-        before = self.sizes
-        removed = super().remove(structure, columns)
-        H, P, G, N = before
-        keep = ~columns.to(self.module.mup_vector.device)
-        whole = torch.ones(1, dtype=torch.bool, device=keep.device)
-        heads, states = (keep, whole.expand(N)) if structure == "heads" else (whole.expand(H), keep)
-        channels, of_groups = heads.repeat_interleave(P), states.repeat(G)
-        rows = torch.cat([channels, channels, of_groups, of_groups, heads])
-        self.module.mup_vector = self.module.mup_vector[..., rows]
-        self.module.groups_time_state_size = int(of_groups.sum())
-        return removed
+    def _resize(self, rows: Tensor) -> None:
+        mixer = self.module
+        mixer.mup_vector = mixer.mup_vector[..., rows.to(mixer.mup_vector.device)]
+        mixer.groups_time_state_size = mixer.n_groups * mixer.ssm_state_size
 
 
 def _rows(x: Tensor, some: slice) -> Tensor:

@@ -97,7 +97,7 @@ class PruneCompensated(Change):
     def _prune_modules(self, layer: Layer, dense: Layer | None, plan: WeightPlan, names: list[str]) -> Masks:
         """Prunes modules whose inputs are observed together."""
         last = self._refitted(layer)
-        seen, masks = observed(layer, [name for name in names if name != last or dense is None], plan), {}
+        seen, masks = observed(layer, [name for name in names if name != last], plan), {}
         for name in names:
             sums, start = seen.get(name), None
             if name == last and dense is not None:

@@ -7,27 +7,14 @@ by itself, so that a small head is not hidden behind a large one. They compute o
 """
 
 import math
-import zlib
 
 import pytest
 import torch
 
 from sparsessm.kernels.chunked_scan import CHUNK, chunked_scan, chunked_scan_ref
-from sparsessm.kernels.selective_scan import force_kernel
 from tests.scans_of_heads import P, by_loops, close, compare, empty, inputs, run, sizes, wide
 
-
-@pytest.fixture(autouse=True, params=["compiled", "by torch"])
-def kernel(request):
-    """Every test runs with the kernel for CPUs, and with torch's products."""
-    with force_kernel("ref" if request.param == "by torch" else None):
-        yield
-
-
-@pytest.fixture
-def seed(request):
-    """Another one for each test, the same in every run."""
-    return zlib.crc32(request.node.name.encode())
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 @pytest.mark.parametrize("by_state", [False, True])

@@ -1,7 +1,6 @@
 """Sums over the states of heads: what they count, what they leave alone, and the memory that they take."""
 
 import weakref
-import zlib
 from collections import Counter
 
 import pytest
@@ -10,21 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsessm.kernels.chunked_scan import CHUNK, HeadStatistics, chunked_scan, chunked_scan_ref
-from sparsessm.kernels.selective_scan import force_kernel
 from tests.scans_of_heads import SUMS, close, empty, inputs, run, sizes, wide
 
-
-@pytest.fixture(autouse=True, params=["compiled", "by torch"])
-def kernel(request):
-    """Every test runs with the kernel for CPUs, and with torch's products."""
-    with force_kernel("ref" if request.param == "by torch" else None):
-        yield
-
-
-@pytest.fixture
-def seed(request):
-    """Another one for each test, the same in every run."""
-    return zlib.crc32(request.node.name.encode())
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 # --- sums

@@ -8,14 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sparsessm.layerwise.layer import each_layer
 from sparsessm.layerwise.parity import check_parity
-from sparsessm.layerwise.stream import Stream
 from sparsessm.layerwise.visit import visit
 from sparsessm.models import checkpoint, saving
 from sparsessm.models.architecture import Layout
 from sparsessm.models.place import Place
-from tests.family import random_model_of
+from tests.family import logits_of, random_model_of
 
 MODELS = {
     "mamba2": ("mamba2", {}),
@@ -30,13 +28,6 @@ MODELS = {
     "falcon_mamba, biases, untied": ("falcon_mamba", {"use_bias": True, "tie_word_embeddings": False, "mixer_rms_eps": 0.3}),
 }  # fmt: skip
 TWO_GROUPS = {"n_groups": 2, "use_bias": True}
-
-
-def logits_of(layout: Layout, windows: torch.Tensor, steps: int, batch: int = 2) -> torch.Tensor:
-    stream = Stream.embed(layout, windows, device="cpu", offload="cpu", batch=batch, steps=steps)
-    for _ in each_layer(layout, stream):
-        pass
-    return layout.leave(stream.hidden.flatten(0, 1)).view(*windows.shape, -1)
 
 
 @pytest.mark.parametrize("steps", [64, 7])

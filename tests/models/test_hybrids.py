@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from sparsessm.errors import InputError
 from sparsessm.kernels.selective_scan import force_kernel
-from sparsessm.layerwise.layer import each_layer
 from sparsessm.layerwise.stream import Stream
 from sparsessm.models.architecture import Layout
 from sparsessm.models.family import ARCHITECTURES
@@ -19,17 +18,18 @@ from sparsessm.options import Options
 from sparsessm.procedure.plan import plan_of
 from sparsessm.procedure.prune import prune
 from sparsessm.runs.journal import Journal
-from tests.family import GATE_FIRST, HYBRIDS, OTHERS, VARIANTS, family_checkpoint, random_model_of, stock_perplexity
+from tests.family import (
+    GATE_FIRST,
+    HYBRIDS,
+    OTHERS,
+    VARIANTS,
+    family_checkpoint,
+    logits_of,
+    random_model_of,
+    stock_perplexity,
+)
 
 IDS = torch.randint(64, (5, 21), generator=torch.Generator().manual_seed(3))
-
-
-def logits(layout, ids, **how):
-    """By our way, layer by layer."""
-    stream = Stream.embed(layout, ids, **{"device": "cpu", "offload": "cpu", "batch": 2, "steps": 8, **how})
-    for _ in each_layer(layout, stream):
-        pass
-    return layout.leave(stream.hidden[:, :].flatten(0, 1)).view(*ids.shape, -1)
 
 
 @pytest.mark.parametrize(("kind", "sizes"), VARIANTS)
@@ -38,7 +38,7 @@ def test_logits_are_those_of_stock_transformers(kind, sizes, tmp_path):
     stock, layout = model(IDS, use_cache=False).logits, Layout(model)
     assert float(stock.std()) > 0.1
     for how in ({"batch": 5}, {"batch": 2}, {"offload": "disk", "scratch": tmp_path}, {"steps": 64}):
-        assert (logits(layout, IDS, **how) - stock).abs().max() <= 1e-4
+        assert (logits_of(layout, IDS, **how) - stock).abs().max() <= 1e-4
 
 
 def test_a_layer_with_attention_sees_whole_windows_and_no_other_layer_does():
@@ -51,11 +51,11 @@ def test_time_steps_of_nemotron_h_are_clamped_as_stock_does_and_not_as_the_confi
     model = random_model_of("nemotron_h", time_step_min=0.5)
     stock, layout = model(IDS, use_cache=False).logits, Layout(model)
     assert model.config.time_step_limit[0] == 0
-    assert (logits(layout, IDS) - stock).abs().max() <= 1e-4
+    assert (logits_of(layout, IDS) - stock).abs().max() <= 1e-4
     for layer in layout.layers:
         if mixer := layout.mixer(layer):
             mixer.module.time_step_limit = (0.0, float("inf"))
-    assert (logits(layout, IDS) - stock).abs().max() > 1e-2
+    assert (logits_of(layout, IDS) - stock).abs().max() > 1e-2
 
 
 PARTS = {
