@@ -1,7 +1,8 @@
 """The scan of Mamba-2 (Dao and Gu 2024), and sums over its states, without storing them.
 
 `chunked_scan_ref` is written to be read; `chunked_scan` computes the same by matrix products in chunks of time: on CPUs
-in a kernel of ours (kernels.heads_piece), elsewhere by torch. H heads of P channels, N states, G groups of heads that share
+in a kernel of ours (kernels.heads_piece), elsewhere by torch, or by mamba-ssm on GPUs where no sums are wanted and it is
+installed and agrees. H heads of P channels, N states, G groups of heads that share
 B and C: head h reads group g = h // (H/G).
 
     S_t[h] = exp(dt_t[h] A[h]) S_{t-1}[h] + dt_t[h] u_t[h] B_t[g]^T    (P,N)        y_t[h] = S_t[h] C_t[g] + D[h] u_t[h]
@@ -14,7 +15,9 @@ the place of C, the squared norms follow a recurrence of one number a head, a = 
 
 from __future__ import annotations
 
-import importlib
+import functools
+import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsessm.kernels.backends import agrees
 from sparsessm.kernels.selective_scan import SUM_DTYPE, ScanSums, decays, kernel_for
 
 # Time steps of a chunk: the products within a chunk grow with it, the states that are kept shrink.
 CHUNK = 32
+# Of mamba-ssm's kernels: the length that transformers configures for published checkpoints.
+THEIR_CHUNK = 256
 
 
 @dataclass
@@ -115,6 +121,10 @@ def chunked_scan(
         if at_chunks is not None:
             raise ValueError("the reference does not stop at chunks")
         return chunked_scan_ref(u, dt, A, B, C, D, h0, statistics)
+    if at_chunks is None and not (statistics is not None and statistics.tensors()):
+        theirs = _serving(u, B, C)
+        if theirs is not None:
+            return scan_by_mamba_ssm(theirs, u, dt, A, B, C, D, h0)
     u, dt, A, B, C = (tensor.float() for tensor in (u, dt, A, B, C))
     in_chunks = None if at_chunks is None else _Chunks(u, dt, A, B, h0)
     scan = in_chunks or _scan_of(u, dt, A, B, h0)
@@ -141,6 +151,58 @@ def compiled_kernels(*tensors: Tensor) -> Any:
     if not plain or wants_grad or kernel_for("cpu") != "cpu":
         return None
     return importlib.import_module("sparsessm.kernels.heads_cpu")
+
+
+def _serving(u: Tensor, B: Tensor, C: Tensor) -> Callable[..., Any] | None:
+    """The scan of mamba-ssm where it can compute a scan of these tensors."""
+    plain = u.device.type == "cuda" and u.dtype == B.dtype == C.dtype and kernel_for("cuda") == "cuda"
+    if not plain or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (u, B, C))):
+        return None
+    return mamba_ssm_scan("cuda", u.dtype)
+
+
+@functools.cache
+def mamba_ssm_scan(device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """The chunked scan of mamba-ssm, if it is installed and agrees with ours on inputs of the dtype."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return None
+
+    def theirs(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        return mamba_chunk_scan_combined(*arguments, **options)
+
+    return theirs if agrees_with_ours(theirs, device, dtype) else None
+
+
+def agrees_with_ours(theirs: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
+    """Whether a function with the signature of mamba-ssm's mamba_chunk_scan_combined computes our scan; warns if not.
+
+    More than one of their chunks, two groups, a state to start from, and heads of pruned transitions of both kinds.
+    """
+    (batch, steps, groups, heads, P, N), generator = (2, 300, 2, 8, 32, 16), torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    u, B, C = draw(batch, steps, heads, P).to(dtype), *(draw(batch, steps, groups, N).to(dtype) for _ in range(2))
+    dt, A, D, h0 = draw(batch, steps, heads).exp() / 8, -draw(heads).exp(), draw(heads), draw(batch, heads, P, N)
+    A[1], A[6] = -math.exp(30), 0
+    scan = _Chunks(u.float(), dt, A, B.float(), h0)
+    ours = scan.read(C.float(), D), scan.last
+    roundings = [torch.finfo(dtype).eps] * 2
+    return agrees(
+        "mamba-ssm", "the scan of heads", lambda: scan_by_mamba_ssm(theirs, u, dt, A, B, C, D, h0), ours, roundings
+    )
+
+
+def scan_by_mamba_ssm(
+    theirs: Callable[..., Any], u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Our scan by mamba-ssm's mamba_chunk_scan_combined, which rounds y to the dtype of u."""
+    D, h0 = (None if tensor is None else tensor.float() for tensor in (D, h0))
+    y, last = theirs(u, dt.float(), A.float(), B, C, THEIR_CHUNK, D=D, initial_states=h0, return_final_states=True)
+    return y.float(), last.float()
 
 
 class _OnePass:
