@@ -24,7 +24,7 @@ from sparsessm.models.place import check_target
 from sparsessm.models.tokenizing import load_tokenizer
 from sparsessm.options import Options
 from sparsessm.procedure.driver import Job, no_report
-from sparsessm.procedure.fitness import check_model
+from sparsessm.procedure.fitness import check_model, check_rest
 from sparsessm.procedure.plan import plan_of
 from sparsessm.procedure.prune import prune as prune_by_plan
 from sparsessm.result import Result, result_of, versions
@@ -138,6 +138,7 @@ def prune(
     history = _histories[model] if model in _histories else read_history(None, layout)
     ledger = Ledger(layout, history)
     plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
+    check_rest(chosen, plan, layout, history, first, stop)
 
     def embed() -> Stream:
         return Stream.embed(

@@ -82,6 +82,7 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
         remove_journal(resumed)
         raise InputError(f"--resume {resumed} has finished: its figures are in metrics.json")
     memory.keep_freed()
+    _quiet()
     device = memory.device_named(chosen.device)
     source = checkpoint.find(chosen.model)
     first, stop = check_model(chosen, Layout(checkpoint.skeleton(source)))
@@ -95,7 +96,6 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
         check_target(chosen.save, source.folder, overwrite=chosen.overwrite, runs=runs, own=own)
     if chosen.log_wandb:
         check_wandb()
-    _quiet()
     tasks = {}
     if chosen.eval_zero_shot:
         tasks = zero_shot.load_tasks(chosen.zero_shot_tasks, chosen.zero_shot_include)

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from sparsessm.corpora import text
 from sparsessm.errors import InputError, NumericalError
 from sparsessm.layerwise import distributed
-from sparsessm.layerwise.layer import Layer
 from sparsessm.layerwise.parity import check_parity
 from sparsessm.layerwise.stream import Stream
 from sparsessm.metrics import zero_shot
@@ -31,6 +30,7 @@ from sparsessm.models.place import Place
 from sparsessm.models.tokenizing import load_tokenizer, tokenizer_sha256
 from sparsessm.options import Options
 from sparsessm.procedure.driver import Job
+from sparsessm.procedure.fitness import check_rest, without_ssm
 from sparsessm.procedure.plan import plan_of
 from sparsessm.procedure.prune import prune
 from sparsessm.procedure.removal import RemovedParts
@@ -144,24 +144,13 @@ class Steps:
                 "stay dense, being shared by layers or no plain linear modules: %.2fM entries of %d weights, as %s",
                 sum(dense.values()) / 1e6, len(dense), ", ".join(largest),
             )  # fmt: skip
-        self._check_rest(layout, first, stop)
+        check_rest(chosen, self.plan, layout, self.history, first, stop)
+        if (self.plan.transitions or self.plan.removal) and (bare := without_ssm(layout, first, stop)):
+            logger.info("layers without an SSM, whose A_log is not there to prune: %s", ", ".join(map(str, bare)))
         if chosen.save and distributed.is_main():
             self.place = Place(chosen.save, saving.size_needed(model))
             saving.write_tokenizer(self.tokenizer, self.place.staging)
         return layout
-
-    def _check_rest(self, layout: Layout, first: int, stop: int) -> None:
-        """Refuses a sparsity that all named parameters have already."""
-        plan, full = self.plan, set()
-        for index in range(first, stop):
-            layer = Layer(layout, index, layout.layers[index])
-            if plan.transitions and plan.transitions.pattern.spreads and layer.has_mixer:
-                full.add(layer.full_name("A_log"))
-            if plan.weights and plan.weights.pattern.spreads:
-                full |= {layer.full_name(f"{module}.weight") for module in layer.those(plan.weights.modules)}
-        refusal = history.already_pruned(self.history, layout.model, full, self.chosen.share) if full else None
-        if refusal:
-            raise InputError(refusal)
 
     def _read_texts(self) -> None:
         chosen = self.chosen

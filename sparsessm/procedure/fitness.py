@@ -1,10 +1,13 @@
-"""Whether the options fit a model: checked with its config, before its weights are loaded."""
+"""Whether the options fit a model: checked with its config, before its weights are loaded, and once with its history."""
 
 from __future__ import annotations
 
 from sparsessm.errors import InputError
+from sparsessm.layerwise.layer import Layer
 from sparsessm.models.architecture import Layout, targets
+from sparsessm.models.history import History, already_pruned
 from sparsessm.options import Options
+from sparsessm.procedure.plan import Plan
 
 
 def check_model(options: Options, layout: Layout) -> tuple[int, int]:
@@ -42,6 +45,29 @@ def check_model(options: Options, layout: Layout) -> tuple[int, int]:
     if options.prune_layers:
         _check_weights(options, layout, first, stop)
     return first, stop
+
+
+def without_ssm(layout: Layout, first: int, stop: int) -> list[int]:
+    """The layers first <= i < stop that have no mixer of an SSM."""
+    return [i for i in range(first, stop) if layout.mixer(layout.layers[i]) is None]
+
+
+def check_rest(options: Options, plan: Plan, layout: Layout, history: History, first: int, stop: int) -> None:
+    """Refuses a sparsity that everything in the plan has already.
+
+    Raises:
+        InputError: with the share that was pruned before.
+    """
+    full = set()
+    for index in range(first, stop):
+        layer = Layer(layout, index, layout.layers[index])
+        if plan.transitions and plan.transitions.pattern.spreads and layer.has_mixer:
+            full.add(layer.full_name("A_log"))
+        if plan.weights and plan.weights.pattern.spreads:
+            full |= {layer.full_name(f"{module}.weight") for module in layer.those(plan.weights.modules)}
+    refusal = already_pruned(history, layout.model, full, options.share) if full else None
+    if refusal:
+        raise InputError(refusal)
 
 
 def _check_parts(options: Options, layout: Layout, mixers: int, layers: int) -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sparsessm
 from sparsessm.errors import InputError
 from sparsessm.models import checkpoint
 from sparsessm.models.architecture import Layout
 from sparsessm.models.history import read_history
+from tests.conftest import random_model
 
 SMALL = ["--seqlen", 64, "--nsamples", 4, "--eval_windows", 2]
 
@@ -197,6 +199,13 @@ def test_a_share_that_is_gone_already_is_refused(pruned, run_main, text_folder, 
     one, _ = pruned("one", "--method", "magnitude", *A_LOG)
     done = run_main([one, text_folder, "--method", "sparsessm", "--prune_A", "--sparsity", sparsity, *SMALL])
     assert done.code == 2 and "50.0% of what is named is gone already: give a higher --sparsity" in done.stderr
+
+
+def test_a_share_that_is_gone_already_is_refused_in_python():
+    model, windows = random_model(), torch.arange(64).view(2, 32)
+    sparsessm.prune(model, windows, "magnitude", sparsity=0.5)
+    with pytest.raises(InputError, match=r"50\.0% of what is named is gone already"):
+        sparsessm.prune(model, windows, "sparsessm", sparsity=0.4)
 
 
 def test_marks_that_the_values_deny_are_said_and_do_not_count(pruned, run_main, text_folder):

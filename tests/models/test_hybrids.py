@@ -1,7 +1,11 @@
 """Hybrids: our way through their layers against stock transformers, what of them is pruned, and what stock makes of it."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +33,7 @@ from tests.family import (
     stock_perplexity,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(64, (5, 21), generator=torch.Generator().manual_seed(3))
 
 
@@ -273,3 +278,30 @@ def test_the_log_says_what_stays_dense(run_main, demo_dir, text_folder, tmp_path
     outcome = run(run_main, demo_dir, text_folder, tmp_path, "jamba", *argv)
     log = (outcome.folder / "output.log").read_text()
     assert "0.00M entries of 3 weights, as feed_forward.experts.gate_up_proj, feed_forward.experts.down_proj" in log
+
+
+def test_the_log_says_which_layers_have_no_ssm(run_main, demo_dir, text_folder, tmp_path):
+    argv = ["--method", "magnitude", "--prune_A", "--sparsity", "0.5", "--minlayer", "1"]
+    outcome = run(run_main, demo_dir, text_folder, tmp_path, "nemotron_h", *argv)
+    assert "layers without an SSM, whose A_log is not there to prune: 1, 2\n" in (outcome.folder / "output.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "share"), [("sparsessm", 1e-3), ("sparsessm_obs", 0.05)])
+def test_two_processes_agree_with_one(run_main, demo_dir, text_folder, tmp_path, method, share):
+    """Layers of three kinds; the masks of weights but for near ties, which a refit after each layer adds to."""
+    how = ["--method", method, "--prune_A", "--prune_layers", "--sparsity", "0.5", "--calib_batch", "1"]
+    one = run(run_main, demo_dir, text_folder, tmp_path, "nemotron_h", *how)
+    argv = [tmp_path / "in", text_folder, "--seqlen", "32", "--nsamples", "4", "--eval_windows", "8", *how]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "main.py"]
+    done = subprocess.run([*launcher, *map(str, argv), "--base_dir", tmp_path / "two", "--save", tmp_path / "both"],
+                          cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    masks, expected = (load_file(tmp_path / name / "masks.safetensors") for name in ("both", "out"))
+    assert masks.keys() == expected.keys() and len(masks) > 8
+    unequal = {name: float((masks[name] != expected[name]).float().mean()) for name in masks}
+    assert not any(unequal[name] for name in masks if name.endswith("A_log")) and max(unequal.values()) < share
+    (folder,) = tmp_path.glob("two/default/*")
+    two = json.loads((folder / "metrics.json").read_text())
+    assert two["perplexity"] == pytest.approx(one.metrics["perplexity"], rel=share)
+    assert two["sparsity"] == pytest.approx(one.metrics["sparsity"], rel=share)
