@@ -9,8 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sparsessm.commandline import parse
 from sparsessm.errors import BUG, INTERRUPTED, UNUSABLE, InputError, ending_by_signals
-from sparsessm.options import parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:

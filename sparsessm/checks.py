@@ -43,6 +43,8 @@ def check(options: Any) -> None:
     name, base = options.experiment_name, os.path.abspath(options.base_dir)
     if "\0" in name or not Path(os.path.abspath(os.path.join(base, name))).is_relative_to(base) or name.strip(" ./") == "":
         raise InputError(f"--experiment_name {name} is not a folder below --base_dir: give a plain name")
+    if options.generate is not None and not options.generate.strip():
+        raise InputError("--generate needs a text to continue")
     if options.overwrite and not options.save:
         raise InputError("--overwrite does nothing alone: add --save")
     _check_zero_shot(options)

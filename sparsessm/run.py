@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from sparsessm import options
+from sparsessm.commandline import program
 from sparsessm.corpora import text
 from sparsessm.errors import (
     BUG,
@@ -120,7 +120,7 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
     except BaseException as error:
         if log is not None and log.folder is not None and log.folder.is_dir():
             log.failed(error)
-            again = f"resume it by: {options.program()} --resume {shlex.quote(str(log.folder))}"
+            again = f"resume it by: {program()} --resume {shlex.quote(str(log.folder))}"
             if isinstance(error, (KeyboardInterrupt, StorageError, MemoryLimitError)):
                 error.add_note(again)
             elif not isinstance(error, SparseSSMError):

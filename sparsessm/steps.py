@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import resource
@@ -22,6 +23,7 @@ from sparsessm.layerwise import distributed
 from sparsessm.layerwise.parity import check_parity
 from sparsessm.layerwise.stream import Stream
 from sparsessm.metrics import zero_shot
+from sparsessm.metrics.continuation import continuation
 from sparsessm.metrics.perplexity import perplexity
 from sparsessm.metrics.published import dense_warning
 from sparsessm.models import checkpoint, history, saving
@@ -71,6 +73,7 @@ class Steps:
             layout = self._load(first, stop)
             model = layout.model
         dense: dict[str, float] = {}
+        written = {"before": self._written(model, "before")} if chosen.generate and chosen.method else {}
         if chosen.eval_dense or not chosen.method:
             with self._timed("eval"):
                 dense = self._evaluate(layout, "dense")
@@ -89,6 +92,8 @@ class Steps:
         metrics["dense_perplexity"] = dense if chosen.eval_dense else {}
         if self.notes:
             metrics["perplexity_notes"] = self.notes
+        if chosen.generate:
+            metrics["generated"] = written | {"after": self._written(model, "after")}
         self.log.write_json("sparsity.json", metrics.pop("counts"))
         self.log.write_tensors(
             "masks.safetensors", {name: mask for name, mask in self.result.masks.items() if name.endswith(".A_log")}
@@ -194,12 +199,23 @@ class Steps:
             logger.info("perplexity on %s: %.4f (%d windows)", name, found[name], len(ids))
         return found
 
+    def _written(self, model: PreTrainedModel, when: str) -> str:
+        """How the model continues the text of --generate; "" in all processes but the first."""
+        assert self.chosen.generate is not None
+        with self._timed("eval"), distributed.first_process_works() as works:
+            if not works:
+                return ""
+            text = continuation(model, self.tokenizer, self.chosen.generate, self.device)
+            where = f"{when} pruning" if self.chosen.method else "by the model"
+            logger.info("written %s: %s", where, json.dumps(text, ensure_ascii=False))
+            return text
+
     def _zero_shot(self, model: torch.nn.Module) -> dict[str, dict[str, Any]]:
         """Accuracies by task and their mean; {} where none is asked for and in all processes but the first."""
         if not self.tasks:
             return {}
         found = {}
-        with zero_shot.first_process_works() as works:
+        with distributed.first_process_works() as works:
             for index, (name, task) in enumerate(self.tasks.items() if works else ()):
                 figure = self.journal.load_figures(f"zero-shot-{index}", _is_accuracy)
                 if figure is None:

@@ -21,6 +21,7 @@ PACKAGES = [
     {"corpora", "metrics"},
     {"checks"},
     {"options"},
+    {"commandline"},
     {"procedure"},
     {"result"},
     {"report"},

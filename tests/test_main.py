@@ -128,6 +128,24 @@ def test_bfloat16_keeps_what_stock_loads(run_main, tmp_path):
     assert perplexity(run_main([str(out), "demo", *QUICK[2:]])) == pytest.approx(perplexity(outcome), rel=1e-6)
 
 
+def test_generate_shows_what_stock_writes_before_and_after(run_main, tmp_path, demo_dir):
+    text, out = "The function returns", tmp_path / "out"
+    outcome = run_main([*QUICK, "--method", "magnitude", "--prune_A", *HALF, "--generate", text, "--save", str(out)])
+    expected = {}
+    for when, folder in (("before", demo_dir), ("after", out)):
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+        written = model.generate(**tokenizer(text, return_tensors="pt"), do_sample=False, max_new_tokens=40)
+        expected[when] = tokenizer.decode(written[0], skip_special_tokens=True)
+        assert f"written {when} pruning: {json.dumps(expected[when], ensure_ascii=False)}\n" in outcome.stderr
+    assert outcome.metrics["generated"] == expected and expected["before"] != expected["after"]
+
+
+def test_generate_without_a_method_writes_once_and_wants_a_text(run_main):
+    outcome = run_main([*QUICK, "--generate", "The"])
+    assert list(outcome.metrics["generated"]) == ["after"] and outcome.stderr.count("written by the model: ") == 1
+    assert "--generate needs a text" in run_main([*QUICK, "--generate", " "]).stderr
+
+
 def test_several_data_sets_and_none(run_main, text_folder):
     both = run_main([*QUICK[:2], "--seqlen", "64", "--eval_windows", "2", "--ppl_datasets", "demo", str(text_folder)])
     assert list(both.metrics["perplexity"]) == ["demo", str(text_folder)]

@@ -1,20 +1,27 @@
 """The command line's arguments: spellings that must work, and mistakes that must be named in one line."""
 
+import dataclasses
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
+import transformers
 from transformers import MambaConfig, MambaForCausalLM
 
-from sparsessm import options
+from sparsessm import commandline, options
 from sparsessm.errors import InputError
 from sparsessm.models.architecture import Layout
 from sparsessm.procedure.fitness import check_model
 from sparsessm.procedure.plan import plan_of
 from sparsessm.pruning.methods import METHODS
 from sparsessm.pruning.patterns import Columns, NofM, Unstructured
+from sparsessm.version import __version__
 
 
 def parse(argv):
-    chosen, resumed = options.parse(argv)
+    chosen, resumed = commandline.parse(argv)
     assert resumed is None
     return chosen
 
@@ -161,3 +168,97 @@ def test_mistakes_that_the_config_shows(argv, says):
 def test_layer_range_is_cut_to_the_model():
     assert check_model(parse(PRUNE), SMALL) == (0, 3)
     assert check_model(parse([*PRUNE, "--minlayer", "1", "--maxlayer", "2"]), SMALL) == (1, 2)
+
+
+# --- help, versions, files of options
+
+
+def told(capsys, *argv):
+    with pytest.raises(SystemExit) as ended:
+        commandline.parse(argv)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_has_every_option_once_and_the_common_ones_first(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = told(capsys, "--help").splitlines()
+    assert len("\n".join(lines).split("\n\n")[0].splitlines()) == 3  # the usage
+    flags = [line.split()[0].rstrip(",") for line in lines if line.startswith("  --")]
+    names = ["model_path" if spec.name == "model" else spec.name for spec in dataclasses.fields(options.Options)]
+    assert flags == [*(f"--{name}" for name in names), "--config", "--resume", "--version"]
+    assert flags[:7] == ["--model_path", "--dataset", "--method", "--prune_A", "--prune_layers", "--sparsity", "--nsamples"]
+    assert [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")] == [
+        *options.GROUPS.values(), "instead of options, and about this program", "methods",
+    ]  # fmt: skip
+    assert {line.split()[0] for line in lines[lines.index("methods:") + 1 :]} == METHODS.keys()
+    assert any("--nsamples N" in line and "(default: 128)" in line for line in lines)
+    assert not any("None" in line or "BOOL" in line for line in lines)
+
+
+def test_help_and_version_wait_for_no_torch():
+    code = (
+        "import sys\nfrom sparsessm.__main__ import main\n"
+        "try: main([sys.argv[1]])\nfinally: assert 'torch' not in sys.modules"
+    )
+    for flag, says in (("--help", "usage: "), ("--version", f"sparsessm {__version__} (python ")):
+        done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith(says), done.stderr
+
+
+def test_the_version_is_that_of_the_package_and_of_torch(capsys):
+    assert told(capsys, "--version").strip().endswith(f"torch {torch.__version__}, transformers {transformers.__version__})")
+
+
+def config_file(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    return ["--config", str(tmp_path / "run.yaml")]
+
+
+def test_a_file_of_options_says_the_same_as_flags_and_the_command_line_wins(tmp_path):
+    file = config_file(
+        tmp_path,
+        "model: demo\ndataset: wikitext2\nmethod: sparsessm\nprune_A: true\nprune_layer: yes\nsparsity: 0.5\n"
+        "target_modules: [nn.Linear]\nalpha: 4e-2\nmodule: null\nseed: 3\n",
+    )
+    argv = ["demo", "wikitext2", "--method", "sparsessm", "--prune_A", "--prune_layers", "--sparsity", "0.5",
+            "--target_modules", "nn.Linear", "--alpha", "0.04", "--seed", "3"]  # fmt: skip
+    assert parse(file) == parse(argv)
+    over = ["--seed", "4", "--target_modules", "nn.Conv1d", "nn.Linear", "--prune_A", "False"]
+    assert parse([*file, *over]) == parse([*argv, *over])
+    assert parse([*over, *file]) == parse([*argv, *over])
+    assert parse(["other", "ptb", *file]) == parse(["other", "ptb", *argv[2:]])
+    assert parse(["--dataset", "c4", *file]) == parse(["demo", "c4", *argv[2:]])
+
+
+def test_the_options_of_a_run_are_a_file_of_options(tmp_path):
+    chosen = parse([*PRUNE, "--ppl_datasets", "ptb", "demo", "--alpha", "0.04", "--save", str(tmp_path / "out")])
+    (tmp_path / "options.json").write_text(json.dumps(dataclasses.asdict(chosen)))
+    assert parse(["--config", str(tmp_path / "options.json")]) == chosen
+    assert parse(["--config", str(tmp_path / "options.json"), "--seed", "7"]).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sparsitty: 0.5", "there is no option sparsitty, did you mean sparsity?"),
+        ("resume: runs/1", "there is no option resume"),
+        ("3: 4", "there is no option 3"),
+        ("seed: fast", "argument --seed: invalid int value: 'fast'"),
+        ("method: best", "argument --method: invalid choice: 'best'"),
+        ("prune_layers: true\nprune_layer: true", "gives prune_layers twice"),
+        ("method: {name: sparsessm}", "method must be a value or a list of values"),
+        ("- demo\n- demo", "holds no options"),
+        ("", "holds no options"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_mistakes_in_a_file_of_options(tmp_path, text, says):
+    with pytest.raises(InputError) as caught:
+        parse([*BASE, *config_file(tmp_path, text)])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_of_options_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        parse([*BASE, "--config", str(tmp_path / "none.yaml")])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -119,3 +121,15 @@ def barrier() -> None:
     """Waits until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def first_process_works() -> Iterator[bool]:
+    """Yields whether this is the process that works alone; the others wait for it at the end of the block.
+
+    They wait in a separate group with a long timeout: that of the job's group is 10 to 30 minutes.
+    """
+    group = dist.new_group(backend="gloo", timeout=timedelta(weeks=1)) if dist.is_initialized() else None
+    yield is_main()
+    if group is not None:
+        dist.barrier(group=group)

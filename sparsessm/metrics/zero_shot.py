@@ -21,16 +21,13 @@ import sys
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from sparsessm.errors import InputError
-from sparsessm.layerwise import distributed
 from sparsessm.models.stock import stock_torch_path
 
 logger = logging.getLogger("sparsessm")
@@ -143,18 +140,6 @@ def documents_sha256(task: Any) -> str:
     for document in task.eval_docs:
         digest.update(json.dumps(document, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
-
-
-@contextmanager
-def first_process_works() -> Iterator[bool]:
-    """Yields whether this is the process that evaluates; the others wait for it at the end of the block.
-
-    They wait in a separate group with a long timeout: that of the job's group is 10 to 30 minutes.
-    """
-    group = dist.new_group(backend="gloo", timeout=timedelta(weeks=1)) if dist.is_initialized() else None
-    yield distributed.is_main()
-    if group is not None:
-        dist.barrier(group=group)
 
 
 def accuracy(

@@ -33,6 +33,7 @@ from typing import Any, BinaryIO, NoReturn
 from tqdm import tqdm
 
 from sparsessm import options
+from sparsessm.commandline import parse
 from sparsessm.corpora.names import DATASETS
 from sparsessm.errors import InputError
 from sparsessm.options import Options
@@ -79,14 +80,14 @@ class Cell:
     def refusal(self) -> str | None:
         """Why main.py would refuse argv, or None; where it would, the properties below raise InputError."""
         try:
-            options.parse(self.argv)
+            parse(self.argv)
         except InputError as error:
             return str(error)
         return None
 
     @cached_property
     def options(self) -> Options:
-        return options.parse(self.argv)[0]
+        return parse(self.argv)[0]
 
     @cached_property
     def settings(self) -> dict[str, Any]:

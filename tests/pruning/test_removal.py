@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
+from sparsessm.commandline import parse
 from sparsessm.errors import InputError
 from sparsessm.models.architecture import Layout
-from sparsessm.options import parse
 from sparsessm.procedure.fitness import check_model
 from sparsessm.procedure.plan import Plan, RemovalPlan, plan_of
 from sparsessm.pruning.removal import greedy

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsessm import options
+from sparsessm import commandline
 from sparsessm.kernels.selective_scan import ScanStatistics, selective_scan
 from sparsessm.pruning.saliency import SALIENCIES, register_saliency
 
@@ -83,7 +83,7 @@ def test_a_registered_saliency_gets_the_sums_that_it_needs_by_their_names(regist
     (mask,) = prune(tiny_model(), "prune_A", method="sparsessm", saliency="calm", sparsity=0.5, stop=1).values()
     assert int(mask.sum()) == mask.numel() // 2
     words = ["demo", "demo", "--method", "sparsessm", "--prune_A", "--sparsity", "0.5", "--saliency", "calm"]
-    assert options.parse(words)[0].recipe.saliency == "calm"
+    assert commandline.parse(words)[0].recipe.saliency == "calm"
 
 
 @pytest.mark.parametrize(("name", "needs", "says"), [

@@ -8,7 +8,8 @@ import shlex
 import pytest
 from safetensors.torch import load_file
 
-from sparsessm import options
+from sparsessm import commandline
+from sparsessm.options import PLACES
 from sparsessm.report.results import read_run, read_runs
 
 
@@ -35,10 +36,10 @@ def test_records_hold_what_the_files_hold(experiments):
 def test_commands_start_the_same_run_again(experiments):
     for record in read_runs(experiments).finished:
         program, *argv = shlex.split(record.command)
-        again, _ = options.parse(argv)
+        again, _ = commandline.parse(argv)
         assert program == "main.py"
         for name, value in record.options.items():
-            if name not in options.PLACES:
+            if name not in PLACES:
                 assert getattr(again, name) == (tuple(value) if isinstance(value, list) else value), name
 
 

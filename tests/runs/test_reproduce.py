@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from scripts import reproduce
-from sparsessm import options
+from sparsessm import commandline
 from sparsessm.errors import InputError
+from sparsessm.options import PLACES
 from sparsessm.runs import paper, paper_output
 from sparsessm.runs.paper import Changes, entries
 
@@ -47,7 +48,7 @@ def test_every_cell_of_every_table_is_a_command_that_main_takes(name):
     assert len(lines) % (len(paper.MODELS) + 1) == 0 and {line.model for line in lines} == {*paper.MODELS.values(), "demo"}
     for line in lines:
         (cell,) = line.cells
-        chosen, resumed = options.parse(cell.command(Path("runs")))
+        chosen, resumed = commandline.parse(cell.command(Path("runs")))
         assert resumed is None and chosen.model == line.model and chosen.ppl_datasets == tuple(table.ppl_datasets)
         assert (chosen.base_dir, chosen.experiment_name) == (str(Path("runs").absolute()), cell.name)
     assert len({line.cells[0].name for line in lines}) == len(lines)
@@ -236,7 +237,7 @@ def test_json_leads_from_figures_to_runs(measured):
     (dense,) = lines["dense"]["runs"]
     assert (Path(dense["folder"]) / "metrics.json").is_file()
     words = shlex.split(dense["command"])
-    assert words[:2] == ["python", "main.py"] and options.parse(words[2:])[0].method is None
+    assert words[:2] == ["python", "main.py"] and commandline.parse(words[2:])[0].method is None
 
 
 @pytest.mark.parametrize("name", ["transfer", "ssm_50"])
@@ -293,7 +294,7 @@ def test_dry_run_lists_what_is_to_do_and_runs_nothing(tmp_path, capsys):
     lines = entries(paper.load("ssm_50"), Changes(models=["demo"]))
     done = leave_run(tmp_path, lines[0].cells[0], {"wikitext2": 1.0})
     broken_off = leave_run(tmp_path, lines[1].cells[0], {})
-    recorded = {**lines[1].cells[0].settings, **dict.fromkeys(options.PLACES)}
+    recorded = {**lines[1].cells[0].settings, **dict.fromkeys(PLACES)}
     (broken_off / "options.json").write_text(json.dumps(recorded))
     (broken_off / "metrics.json").unlink()
     assert reproduce.main(["ssm_50", "--models", "demo", "--base_dir", str(tmp_path), "--dry_run"]) == 0

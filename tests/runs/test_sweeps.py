@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from scripts import sweep_local
-from sparsessm import options
+from sparsessm import commandline
 from sparsessm.errors import InputError
 from sparsessm.runs import sweeps
 
@@ -64,7 +64,7 @@ def test_wandbs_agent_and_the_local_runner_start_the_same_runs(file):
         for chunk in utils.create_sweep_command(copy.copy(config["command"])):
             command += words[chunk[2:-1]] if chunk.startswith("${") else [chunk]
         assert command[:3] == ["/usr/bin/env", "python", "main.py"]
-        by_agent, _ = options.parse(command[3:])
+        by_agent, _ = commandline.parse(command[3:])
         assert by_agent.log_wandb and not cell.options.log_wandb
         assert sweeps.Cell("", tuple(command[3:])).settings == cell.settings
 
