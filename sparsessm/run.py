@@ -35,6 +35,7 @@ from sparsessm.models.architecture import Layout
 from sparsessm.models.place import check_target
 from sparsessm.options import Options
 from sparsessm.procedure.fitness import check_model
+from sparsessm.rehearsal import rehearse
 from sparsessm.report.tables import row, text_table
 from sparsessm.runs.journal import Journal, remove_journal
 from sparsessm.runs.tracking import Run, check_wandb
@@ -48,6 +49,10 @@ def command(chosen: Options, resumed: Path | None) -> int:
     is_main = True
     try:
         is_main = distributed.launched()[0] == 0
+        if chosen.dry_run:
+            if is_main:
+                print(rehearse(chosen, *_checked(chosen, resumed)))
+            return 0
         metrics = run(chosen, resumed)
     except SparseSSMError as error:
         return _said(f"error: {error}", error, UNUSABLE, is_main)
@@ -78,24 +83,7 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
         SparseSSMError: any expected error; errors that the user can correct are raised before the model is loaded where
             possible. Once the run folder exists, its notes say how to resume where that helps.
     """
-    if resumed is not None and (resumed / "metrics.json").is_file():
-        remove_journal(resumed)
-        raise InputError(f"--resume {resumed} has finished: its figures are in metrics.json")
-    memory.keep_freed()
-    _quiet()
-    device = memory.device_named(chosen.device)
-    source = checkpoint.find(chosen.model)
-    first, stop = check_model(chosen, Layout(checkpoint.skeleton(source)))
-    if chosen.method:
-        text.check_dataset(chosen.dataset, chosen.data_dir, calibration=True)
-    for name in chosen.evaluation_sets:
-        text.check_dataset(name, chosen.data_dir, calibration=False)
-    if chosen.save:
-        runs = Path(chosen.base_dir) / chosen.experiment_name
-        own = Journal(resumed, writes=False).load_figures("saved", lambda stamp: isinstance(stamp, str))
-        check_target(chosen.save, source.folder, overwrite=chosen.overwrite, runs=runs, own=own)
-    if chosen.log_wandb:
-        check_wandb()
+    source, first, stop, device = _checked(chosen, resumed)
     tasks = {}
     if chosen.eval_zero_shot:
         tasks = zero_shot.load_tasks(chosen.zero_shot_tasks, chosen.zero_shot_include)
@@ -132,6 +120,33 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
         if log is not None:
             log.close(failed)
         distributed.stop()
+
+
+def _checked(chosen: Options, resumed: Path | None) -> tuple[checkpoint.Source, int, int, torch.device]:
+    """All that can be checked before the model is loaded; the model's files, the range of layers, and the device.
+
+    Raises:
+        InputError: one line that says what to do.
+    """
+    if resumed is not None and (resumed / "metrics.json").is_file():
+        remove_journal(resumed)
+        raise InputError(f"--resume {resumed} has finished: its figures are in metrics.json")
+    memory.keep_freed()
+    _quiet()
+    device = memory.device_named(chosen.device)
+    source = checkpoint.find(chosen.model)
+    first, stop = check_model(chosen, Layout(checkpoint.skeleton(source)))
+    if chosen.method:
+        text.check_dataset(chosen.dataset, chosen.data_dir, calibration=True)
+    for name in chosen.evaluation_sets:
+        text.check_dataset(name, chosen.data_dir, calibration=False)
+    if chosen.save:
+        runs = Path(chosen.base_dir) / chosen.experiment_name
+        own = Journal(resumed, writes=False).load_figures("saved", lambda stamp: isinstance(stamp, str))
+        check_target(chosen.save, source.folder, overwrite=chosen.overwrite, runs=runs, own=own)
+    if chosen.log_wandb:
+        check_wandb()
+    return source, first, stop, device
 
 
 def _quiet() -> None:

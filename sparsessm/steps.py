@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel
 from sparsessm.corpora import text
 from sparsessm.errors import InputError, NumericalError
 from sparsessm.layerwise import distributed
+from sparsessm.layerwise.memory import peak_memory
 from sparsessm.layerwise.parity import check_parity
 from sparsessm.layerwise.stream import Stream
 from sparsessm.metrics import zero_shot
@@ -103,7 +102,7 @@ class Steps:
             with self._timed("eval"):
                 metrics["zero_shot"] = self._zero_shot(model)
         metrics["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
-        metrics["peak_memory_bytes"] = _peak_memory(self.device)
+        metrics["peak_memory_bytes"] = peak_memory(self.device)
         self.log.finish(metrics, saved)
         self.journal.close()
         logger.info("run: %s", self.log.folder)
@@ -118,7 +117,7 @@ class Steps:
             torch.cuda.synchronize(self.device)
         took = time.perf_counter() - start
         self.seconds[phase] += took
-        self.log.event("phase", phase=phase, took=round(took, 3), peak_memory_bytes=_peak_memory(self.device))
+        self.log.event("phase", phase=phase, took=round(took, 3), peak_memory_bytes=peak_memory(self.device))
 
     def _load(self, first: int, stop: int) -> Layout:
         """Text, tokenizer and model, checked against each other, against stock and against the interrupted run."""
@@ -282,12 +281,3 @@ def _is_perplexity(figure: Any) -> bool:
 def _is_accuracy(figure: Any) -> bool:
     known = isinstance(figure["metric"], str) and is_number(figure["value"]) and isinstance(figure["documents"], int)
     return known and (figure["stderr"] is None or is_number(figure["stderr"]))
-
-
-def _peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak of the process since it began, and of the device's allocator."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if device.type == "cuda":
-        peak["cuda"] = torch.cuda.max_memory_allocated(device)
-    return peak

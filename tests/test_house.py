@@ -26,7 +26,7 @@ PACKAGES = [
     {"result"},
     {"report"},
     {"runs"},
-    {"steps"},
+    {"steps", "rehearsal"},
     {"run", "api"},
     {"__main__"},
 ]

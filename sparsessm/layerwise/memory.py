@@ -6,6 +6,8 @@ import ctypes
 import math
 import os
 import platform
+import resource
+import sys
 import tempfile
 from pathlib import Path
 
@@ -60,6 +62,15 @@ def _available() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes: the peak of the process since it began, and of the device's allocator."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["cuda"] = torch.cuda.max_memory_allocated(device)
+    return peak
 
 
 def allocate(

@@ -30,7 +30,7 @@ from sparsessm.models.place import put_back
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "data" / "mamba-demo"
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # In the order in which stock transformers takes them.
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -187,7 +187,7 @@ def load(source: Source, dtype: str = "auto") -> PreTrainedModel:
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": _DTYPES.get(dtype, "auto"), "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # it lists them, and we say so
     try:
         if source.layout == "hf":

@@ -96,11 +96,11 @@ def _check_structure(options: Options, layout: Layout, structure: str) -> None:
         size = mixer.scored(structure).shape[1]
         removed = round(options.share * size)
         if not 0 < removed < size:
-            raise InputError(f"--sparsity {options.sparsity} removes none or all of the {size} {_NAMES[structure]}")
+            raise InputError(f"--sparsity {options.sparsity} removes none or all of the {size} {STRUCTURE_NAMES[structure]}")
         groups = mixer.competing(structure)
         if removed % groups:
             raise InputError(
-                f"--sparsity {options.sparsity} removes {removed} of {size} {_NAMES[structure]}, which is not the same from "
+                f"--sparsity {options.sparsity} removes {removed} of {size} {STRUCTURE_NAMES[structure]}, which is not the same from "
                 f"each of {groups} groups: choose another"
             )
         try:
@@ -109,7 +109,7 @@ def _check_structure(options: Options, layout: Layout, structure: str) -> None:
             raise InputError(f"--structure {structure}: {error}") from None
 
 
-_NAMES = {"columns": "states", "heads": "heads"}
+STRUCTURE_NAMES = {"columns": "states", "heads": "heads"}
 
 
 def _check_weights(options: Options, layout: Layout, first: int, stop: int) -> None:
