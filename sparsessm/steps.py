@@ -33,7 +33,7 @@ from sparsessm.options import Options
 from sparsessm.procedure.driver import Job
 from sparsessm.procedure.fitness import check_rest, without_ssm
 from sparsessm.procedure.plan import plan_of
-from sparsessm.procedure.prune import prune
+from sparsessm.procedure.prune import prune, reports
 from sparsessm.procedure.removal import RemovedParts
 from sparsessm.result import Result, result_of, versions
 from sparsessm.runs.journal import Journal, is_number
@@ -71,6 +71,7 @@ class Steps:
         with self._timed("load"):
             layout = self._load(first, stop)
             model = layout.model
+        self.log.expect(self._reports(layout, first, stop))
         dense: dict[str, float] = {}
         written = {"before": self._written(model, "before")} if chosen.generate and chosen.method else {}
         if chosen.eval_dense or not chosen.method:
@@ -234,15 +235,22 @@ class Steps:
             if warning:
                 logger.warning("warning: %s", warning)
 
-    def _prune(self, layout: Layout, first: int, stop: int) -> RemovedParts:
-        if self.chosen.method is None:
-            return RemovedParts()
-
+    def _job(self, layout: Layout, first: int, stop: int) -> Job:
         def embed() -> Stream:
             return Stream.embed(layout, self.calibration.ids, batch=self.chosen.calib_batch, **self.placement)
 
-        job = Job(layout, embed, first, stop, self.log.report, self.journal)
-        return prune(job, self.plan, self.calibration.ids)
+        return Job(layout, embed, first, stop, self.log.report, self.journal)
+
+    def _prune(self, layout: Layout, first: int, stop: int) -> RemovedParts:
+        if self.chosen.method is None:
+            return RemovedParts()
+        return prune(self._job(layout, first, stop), self.plan, self.calibration.ids)
+
+    def _reports(self, layout: Layout, first: int, stop: int) -> int:
+        """How many layers will be reported; of whole layers that are removed a few less."""
+        times = self.chosen.eval_dense + 1 if self.chosen.method else 1
+        pruned = reports(self._job(layout, first, stop), self.plan) if self.chosen.method else 0
+        return pruned + times * len(self.windows) * len(layout.layers)
 
     def _metrics(self) -> dict[str, Any]:
         """The metrics of a run after pruning; `counts` is for sparsity.json."""

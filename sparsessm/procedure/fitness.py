@@ -100,8 +100,8 @@ def _check_structure(options: Options, layout: Layout, structure: str) -> None:
         groups = mixer.competing(structure)
         if removed % groups:
             raise InputError(
-                f"--sparsity {options.sparsity} removes {removed} of {size} {STRUCTURE_NAMES[structure]}, which is not the same from "
-                f"each of {groups} groups: choose another"
+                f"--sparsity {options.sparsity} removes {removed} of {size} {STRUCTURE_NAMES[structure]}, which is not the "
+                f"same from each of {groups} groups: choose another"
             )
         try:
             layout.row.shrink[structure](layout.model.config, size - removed)

@@ -7,13 +7,32 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from sparsessm.models.history import cut_between
-from sparsessm.procedure.allocation import measured_shares
+from sparsessm.procedure.allocation import MeasureErrors, measured_shares
 from sparsessm.procedure.compensation import PruneCompensated
-from sparsessm.procedure.driver import Job, Outcome, masks_of, removed_of, run_pass
+from sparsessm.procedure.driver import Job, Outcome, Pass, masks_of, removed_of, run_pass
 from sparsessm.procedure.plan import Plan
 from sparsessm.procedure.removal import RemovedParts, remove_parts
 from sparsessm.procedure.transitions import PruneTransitions
-from sparsessm.procedure.weights import PruneWeights, sensitive_shares
+from sparsessm.procedure.weights import MeasureSensitivity, PruneWeights, sensitive_shares
+
+
+def reports(job: Job, plan: Plan) -> int:
+    """How many times the job's report is called while a plan is executed."""
+    if plan.removal is not None:
+        candidates = len(job.indices())
+        return sum(candidates - step + 1 for step in range(plan.removal.steps(candidates)))
+    works: list[Pass] = []
+    if plan.allocate:
+        works.append(MeasureErrors(plan.transitions, plan.weights))
+    if plan.compensation or plan.allocate:
+        works.append(PruneCompensated(plan.transitions, plan.weights, plan.compensation, {}))
+    else:
+        if plan.transitions is not None:
+            works.append(PruneTransitions(plan.transitions))
+        if plan.weights is not None:
+            works += [MeasureSensitivity(plan.weights)] if plan.weights.alpha else []
+            works.append(PruneWeights(plan.weights, {}))
+    return sum(len(job.indices(work)) for work in works)
 
 
 def prune(job: Job, plan: Plan, windows: Tensor) -> RemovedParts:

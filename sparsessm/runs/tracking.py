@@ -18,7 +18,6 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from sparsessm import files
 from sparsessm.errors import InputError, SparseSSMError, StorageError, check_interrupted, first_line, storage_reason, storing
@@ -26,6 +25,7 @@ from sparsessm.report.plots import has_matplotlib, write_run_plots
 from sparsessm.report.results import read_run
 from sparsessm.runs.journal import FOLDER as JOURNAL
 from sparsessm.runs.journal import remove_journal
+from sparsessm.runs.progress import LogBesideBar, Progress
 
 logger = logging.getLogger("sparsessm")
 
@@ -53,8 +53,7 @@ class Run:
         """
         self.started = time.monotonic()
         self.is_main, self.folder = is_main, resumed
-        self._bar: Any = None
-        self._phase: str | None = None
+        self._progress: Progress | None = None
         self._handlers: list[logging.Handler] = []
         self._wandb: Any = None
         self._lock: files.Lock | None = None
@@ -88,7 +87,7 @@ class Run:
         self._lock = files.Lock(self._mine / ".lock", busy)
         log = self._mine / "output.log"
         os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
-        self._handlers = [_LogFile(log, encoding="utf-8"), logging.StreamHandler(sys.stderr)]
+        self._handlers = [_LogFile(log, encoding="utf-8"), LogBesideBar()]
         for handler in self._handlers:
             handler.setFormatter(logging.Formatter("%(message)s"))
             logger.addHandler(handler)
@@ -119,16 +118,15 @@ class Run:
         with storing(str(self._mine / "events.jsonl"), _REMEDY):
             files.append_line(self._mine / "events.jsonl", files.strict_json(line))
 
+    def expect(self, layers: int) -> None:
+        """Says how many layers, of all phases together, will be reported."""
+        self._progress = Progress(layers, shown=self.is_main)
+
     def report(self, phase: str, layer: int, **figures: float) -> None:
         """Notes a finished layer: an event, a step of the progress bar, a row on wandb."""
         check_interrupted()
-        if phase != self._phase:
-            self._close_bar()
-            # no bar without a terminal: a log full of bars helps no one
-            self._bar = tqdm(desc=phase, unit="layer", disable=not (self.is_main and sys.stderr.isatty()), leave=False)
-            self._phase = phase
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
-        self._bar.update()
+        if self._progress is not None:
+            self._progress.step(phase, layer, figures)
         if figures:
             self.event("layer", phase=phase, layer=layer, **figures)
             self._to_wandb({f"{phase}/{name}": value for name, value in figures.items()} | {"layer": layer})
@@ -181,7 +179,8 @@ class Run:
 
     def close(self, failed: bool = False) -> None:
         """Closes the log and the bar, releases the folder, and ends the wandb run."""
-        self._close_bar()
+        if self._progress is not None:
+            self._progress.close()
         if self._wandb is not None:
             with suppress(Exception):  # its service may be gone
                 self._wandb.finish(exit_code=int(failed))
@@ -192,11 +191,6 @@ class Run:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar, self._phase = None, None
 
 
 class _LogFile(logging.FileHandler):
