@@ -1,0 +1,115 @@
+"""The commands of all documents: run as they stand, or marked with what they need and then read at least.
+
+A command is a line of an indented or fenced block that begins with a program of _PROGRAMS. What it needs stands behind it,
+`# needs a GPU`, or, for all of a page, in a line "The commands of this page need ...".
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparsessm import commandline
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/**/*.md")] if path.name != "CHANGELOG.md"
+)
+_PROGRAMS = ("python", "bash", "torchrun", "sparsessm", "wandb", "sbatch", "srun", "hf", "pip", "git")
+_NEEDS = re.compile(r"#.*\bneeds (.+)$")
+_WHOLE_PAGE = re.compile(r"^The commands of this page need (.+?)[.;:]", re.MULTILINE)
+# What stands for a folder or a name of the reader's, and what the tests put there.
+PLACES = {"MODEL": "demo", "DATASET": "demo", "TEXT_FOLDER": "texts"}
+
+
+def blocks(page):
+    """The indented and fenced blocks of a page, as lists of lines."""
+    found, fenced, inside = [[]], False, False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            fenced, inside = not fenced, line.startswith(("```bash", "```sh", "```console", "```text")) or line == "```"
+            found.append([])
+        elif fenced:
+            if inside:
+                found[-1].append(line)
+        elif line.startswith("    "):
+            found[-1].append(line[4:])
+        elif line.strip():
+            found.append([])
+    return [block for block in found if block]
+
+
+def commands(page):
+    """(command on one line, what it needs or None) of a page, in order."""
+    whole, found = _WHOLE_PAGE.search(page.read_text(encoding="utf-8")), []
+    for block in blocks(page):
+        joined = "\n".join(line.removeprefix("$ ") for line in block).replace("\\\n", " ")
+        for line in joined.split("\n"):
+            words = line.split()
+            if words and words[0] in _PROGRAMS and len(words) > 1:
+                need = _NEEDS.search(line)
+                text = " ".join(shlex.split(line.split(" #")[0], posix=False))
+                found.append((text, need.group(1) if need else whole.group(1) if whole else None))
+    return found
+
+
+COMMANDS = [(page, *command) for page in PAGES for command in commands(page)]
+
+
+def test_pages_have_commands():
+    names = {page.name for page, *_ in COMMANDS}
+    assert {"README.md", "TUTORIAL.md", "EXPERIMENTS.md", "BENCHMARKS.md", "CONTRIBUTING.md"} <= names
+    assert sum(need is None for *_, need in COMMANDS) > 10
+
+
+@pytest.mark.parametrize(("page", "command", "need"), COMMANDS, ids=[f"{page.name}-{text[:60]}" for page, text, _ in COMMANDS])
+def test_a_command_is_one_that_the_programs_know(page, command, need):
+    words = shlex.split(command.removesuffix("..."))
+    scripts = [word for word in words if word.startswith("scripts/") and word.endswith((".py", ".sh"))]
+    assert all((ROOT / script).is_file() for script in scripts), command
+    if "main.py" in words or words[0] == "sparsessm":
+        arguments = words[words.index("main.py") + 1 :] if "main.py" in words else words[1:]
+        if not {"--resume", "--help", "--version", "--config"} & set(arguments):
+            commandline.parse(arguments)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, text_folder):
+    """A folder in which the repository's files lie as in a clone, and what pages leave is gone afterwards."""
+    folder = tmp_path_factory.mktemp("desk")
+    for name in ("main.py", "sparsessm", "scripts", "data"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "texts").symlink_to(text_folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if any(need is None for _, need in commands(page))], ids=lambda p: p.name)
+def test_commands_without_a_mark_run_in_their_order(page, desk):
+    for text, need in commands(page):
+        if need is None:
+            words = [PLACES.get(word, word) for word in shlex.split(text)]
+            if words[0] in ("python", "sparsessm"):
+                words = [sys.executable, *(["-m", "sparsessm"] if words[0] == "sparsessm" else []), *words[1:]]
+            if words[0] == "torchrun":
+                words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+            done = subprocess.run(words, cwd=desk, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_page_about_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "PYTHON.md").read_text(encoding="utf-8"), re.DOTALL)
+    scope = {}
+    for block in code:
+        exec(compile(block, "docs/PYTHON.md", "exec", dont_inherit=True), scope)
+    assert 0 < scope["after"] / scope["before"] < 1.1
+    saved = AutoModelForCausalLM.from_pretrained("pruned").get_parameter("backbone.layers.0.mixer.A_log")
+    assert torch.equal(saved >= 30, scope["masks"]["backbone.layers.0.mixer.A_log"])
