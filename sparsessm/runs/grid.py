@@ -315,7 +315,7 @@ class Progress:
             print(
                 tqdm.format_meter(
                     self.n, self.total, self.said - self.began, initial=self.done, prefix=now, postfix=postfix,
-                    bar_format="{n_fmt} of {total_fmt} runs, {elapsed}, {remaining} left{postfix}: {desc}",
+                    bar_format="{n_fmt} of {total_fmt} runs after {elapsed}, {remaining} left{postfix}: {desc}",
                 ),
                 file=sys.stderr, flush=True,
             )  # fmt: skip

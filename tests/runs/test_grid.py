@@ -357,8 +357,8 @@ def test_without_a_terminal_there_is_a_line_a_minute(stage, capsys, monkeypatch)
     monkeypatch.setattr(grid, "_LINE", 0.0)
     fill([stage.cell(0), stage.cell(1, "linger"), stage.cell(2, "fail")], stage.base)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("1 of 3 runs, 00:00, ? left: seed 1")
-    assert re.fullmatch(r"3 of 3 runs, 00:0\d, 00:00 left, 1 failed: ", lines[-1])
+    assert lines[0].startswith("1 of 3 runs after 00:00, ? left: seed 1")
+    assert re.fullmatch(r"3 of 3 runs after 00:0\d, 00:00 left, 1 failed: ", lines[-1])
 
 
 def test_on_a_terminal_one_line_is_rewritten(stage):
