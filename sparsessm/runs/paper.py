@@ -154,7 +154,7 @@ def entries(table: Table, changes: Changes) -> list[Entry]:
         for name, varied, flags in _rows(table, vary, changes.only):
             if prunes := "method" in flags:
                 flags = {**shared, **table.flags, **flags, **changes.flags}
-                seeds: Sequence[int | None] = changes.seeds or [None]
+                seeds: Sequence[int | None] = list(dict.fromkeys(changes.seeds or [])) or [None]
             else:
                 flags = shared | flags | {key: value for key, value in changes.flags.items() if key in _EVALUATION}
                 seeds = [None]  # nothing is drawn: a seed would change nothing

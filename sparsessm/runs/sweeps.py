@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,8 +91,8 @@ def load(file: Path, changes: Sequence[str] = (), seeds: Sequence[int] | None = 
         point = dict(zip(values, chosen, strict=True))
         label = ", ".join(f"{name} {shown[name][str(point[name])]}" for name in varied) or file.stem
         argv = (*fixed, *(f"--{name}={value}" for name, value in point.items()))
-        cells = [Cell(f"{label}, seed {seed}", (*argv, f"--seed={seed}")) for seed in seeds or ()] or [Cell(label, argv)]
-        points.append(Point(point, tuple(cells)))
+        cells = [Cell(f"{label}, seed {seed}", (*argv, f"--seed={seed}")) for seed in dict.fromkeys(seeds or ())]
+        points.append(Point(point, tuple(cells or [Cell(label, argv)])))
     sweep = Sweep(str(config.get("name", file.stem)), varied, tuple(points))
     refusals = [cell.refusal for cell in sweep.cells]
     if all(refusals):
@@ -158,8 +159,9 @@ def latex(sweep: Sweep, found: Sequence[Result]) -> str:
     sets, labels = _sets(found), max(1, len(sweep.varied))
     best = set()
     for j, name in enumerate(sets):
-        means = {i: mean for i, one in enumerate(found) if (mean := one.perplexities.get(name, Figure(())).mean) is not None}
-        best |= {(i, labels + j) for i, mean in means.items() if mean == min(means.values())}
+        means = [one.perplexities.get(name, Figure(())).mean for one in found]
+        finite = [mean for mean in means if mean is not None and math.isfinite(mean)]
+        best |= {(i, labels + j) for i, mean in enumerate(means) if finite and mean == min(finite)}
     head, rows = _shown(sweep, found)
     caption = f"Perplexity over {' and '.join(sweep.varied) or 'one point'}; in bold the best."
     if any(figure.over_dense is not None for one in found for figure in one.perplexities.values()):

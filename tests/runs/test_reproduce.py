@@ -135,7 +135,7 @@ def test_changes_reach_the_runs(text_folder, tmp_path):
 
 
 def test_seeds_repeat_the_runs_that_prune():
-    lines = {line.row: line.cells for line in entries(paper.load("ssm_50"), Changes(models=["demo"], seeds=[0, 1, 2]))}
+    lines = {line.row: line.cells for line in entries(paper.load("ssm_50"), Changes(models=["demo"], seeds=[0, 1, 2, 0]))}
     assert [cell.options.seed for cell in lines["sparsessm"]] == [0, 1, 2] and len(lines["dense"]) == 1
     assert len({cell.name for cell in lines["sparsessm"]}) == 3
 

@@ -151,7 +151,7 @@ def test_results_have_a_row_for_each_point(tmp_path):
 
 def test_seeds_repeat_every_run_and_make_mean_and_deviation(tmp_path):
     file = ROOT / "scripts" / "sweeps" / "aggregation.yaml"
-    sweep = sweeps.load(file, ["model_path=demo", "dataset=demo", "aggregate=[vote, sum]"], [3, 4, 5])
+    sweep = sweeps.load(file, ["model_path=demo", "dataset=demo", "aggregate=[vote, sum]"], [3, 4, 5, 3])
     assert (len(sweep.points), len(sweep.cells)) == (4, 12)
     assert [cell.options.seed for cell in sweep.points[1].cells] == [3, 4, 5]
     assert sweep.cells[2].label == "saliency a_log, aggregate vote, seed 5"
