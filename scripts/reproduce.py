@@ -1,9 +1,9 @@
-"""Fills a table of the paper: runs what is missing, resumes what was interrupted, writes Markdown, CSV and LaTeX.
+"""Fills a table of the paper: runs what is missing, resumes what was interrupted, prints it, writes Markdown, CSV and LaTeX.
 
     python scripts/reproduce.py ssm_50 --models 130m 370m
     python scripts/reproduce.py ssm_50 --models demo --dataset demo --seqlen 128 --nsamples 8 --eval_windows 8
 
-The tables are described in scripts/paper. A flag that is not one of these goes to main.py as it is: --eval_zero_shot
+The tables are described in sparsessm/runs/tables. A flag that is not one of these goes to main.py as it is: --eval_zero_shot
 fills the zero-shot columns, --data_dir DIR reads local copies of the texts. Exit code: 0 when every run of the table is
 there, 1 when some failed, 2 for a mistake in the call, 128 + the signal's number when it was stopped; the same call
 continues.
@@ -45,6 +45,7 @@ def reproduce(
         stopped = signal
     filled = paper.fill_in(table, lines, base_dir, failures)
     files = paper_output.write(filled, out or base_dir / "tables", base_dir)
+    print(paper_output.text(filled))
     print("tables:", *files, sep="\n  ")
     for cell, reason in failures.items():
         print(f"failed: {cell.label}: {reason}", file=sys.stderr)

@@ -2,9 +2,9 @@
 
     python scripts/sweep_local.py scripts/sweeps/aggregation.yaml --workers 2 --set model_path=demo dataset=demo seqlen=128
 
-Writes a table of the results as Markdown and CSV. Point N alone: --index N, which writes no table, because many may run at
-once; how many there are: --count. Exit code: 0 when every run is there, 1 when some failed, 2 for a mistake in the call,
-128 + the signal's number when it was stopped; the same call continues.
+Prints a table of the results, and writes it as Markdown, CSV and LaTeX. Run N alone: --index N, which writes no table,
+because many may run at once; how many there are: --count. Exit code: 0 when every run is there, 1 when some failed, 2 for
+a mistake in the call, 128 + the signal's number when it was stopped; the same call continues.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def sweep_local(
 ) -> int:
     """Returns the exit code, or raises InputError. out: folder for the results (default: BASE_DIR/sweeps)."""
     if index is not None and not 0 <= index < len(sweep.cells):
-        raise InputError(f"--index {index} is not a point of {sweep.name}: it has 0 to {len(sweep.cells) - 1}")
+        raise InputError(f"--index {index} is not a run of {sweep.name}: it has 0 to {len(sweep.cells) - 1}")
     cells = sweep.cells if index is None else [sweep.cells[index]]
     failures, stopped = {}, None
     try:
@@ -33,14 +33,19 @@ def sweep_local(
     except grid.Stopped as signal:
         stopped = signal
     if index is None:
-        head, rows = sweeps.results(sweep, base_dir, failures)
+        found = sweeps.results(sweep, base_dir, failures)
         out = out or base_dir / "sweeps"
-        page, lines = out / f"{sweep.name}.md", out / f"{sweep.name}.csv"
+        contents = {
+            out / f"{sweep.name}.md": sweeps.markdown(sweep, found, base_dir, failures),
+            out / f"{sweep.name}.csv": sweeps.comma_separated(sweep, found),
+            out / f"{sweep.name}.tex": sweeps.latex(sweep, found),
+        }
         with storing(f"--out {out}", "name another folder"):
             out.mkdir(parents=True, exist_ok=True)
-            write_text(page, sweeps.markdown(sweep, head, rows, failures))
-            write_text(lines, sweeps.comma_separated(head, rows))
-        print(f"results: {page}, {lines}")
+            for file, content in contents.items():
+                write_text(file, content)
+        print(sweeps.text(sweep, found))
+        print(f"results: {', '.join(map(str, contents))}")
     for cell, reason in failures.items():
         print(f"failed: {cell.label}: {reason}", file=sys.stderr)
     if stopped:
@@ -54,14 +59,15 @@ def main(argv: Sequence[str]) -> int:
     parser = grid.Parser(__doc__)
     parser.add_argument("file", type=Path, help="sweep file, as `wandb sweep` takes it; method grid")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="other parameters")
+    parser.add_argument("--seeds", nargs="+", type=int, help="repeat each run; the table shows mean and deviation")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--devices", nargs="+", help="GPUs that the workers take in turn (default: all there are)")
     parser.add_argument("--base_dir", type=Path, default=Path("experiments"), help="folder of all run folders")
     parser.add_argument("--out", type=Path, help="folder for the results (default: BASE_DIR/sweeps)")
-    parser.add_argument("--index", type=int, help="run this point alone, counted from 0")
-    parser.add_argument("--count", action="store_true", help="print the number of points and run nothing")
+    parser.add_argument("--index", type=int, help="do this run alone, counted from 0")
+    parser.add_argument("--count", action="store_true", help="print the number of runs and run nothing")
     known = parser.parse_args(argv)
-    sweep = sweeps.load(known.file, known.set)
+    sweep = sweeps.load(known.file, known.set, known.seeds)
     if known.count:
         print(len(sweep.cells))
         return 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import math
 import os
@@ -21,9 +20,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sparsessm.errors import StorageError
+from filelock import FileLock, Timeout
 
 _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as file systems say that they have none
 
 
 def strict_json(content: Any, **form: Any) -> str:
@@ -106,39 +106,30 @@ def exchange(one: Path, other: Path) -> bool:
     return call is not None and call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
-class Lock:
-    """A lock of the system's on a file, held until `release` or the end of the process.
+def lock(path: Path, *, wait: float = 0, on_acquired: Callable[[int], None] | None = None) -> FileLock | None:
+    """A lock of the system's on a file, held until `unlock` or the end of the process; None where another has it.
 
-    The file goes with the lock. Where the file system knows no locks there is none, and users must
-    not start two runs at once.
+    Where the file system knows no locks there is none, and users must not start two runs at once.
+
+    Args:
+        wait: seconds to wait for another holder. on_acquired: takes the file's descriptor.
     """
+    taken = FileLock(path, thread_local=False, on_acquired=on_acquired)
+    try:
+        taken.acquire(timeout=wait)
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return taken
 
-    def __init__(self, path: Path, busy: str) -> None:
-        """Takes the lock.
 
-        Raises:
-            StorageError: with the message `busy` where another process holds it.
-        """
-        self.path = path
-        while True:
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self._handle)
-                raise StorageError(busy) from None
-            except OSError:
-                return
-            # who held it before may have removed the file between the two calls
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._handle), os.stat(path, follow_symlinks=False)):
-                    return
-            os.close(self._handle)
-
-    def release(self) -> None:
-        with suppress(OSError):
-            self.path.unlink()
-        os.close(self._handle)
+def unlock(taken: FileLock) -> None:
+    """Releases a lock and removes its file; a process that waits for it makes a new one."""
+    with suppress(OSError):
+        os.unlink(taken.lock_file)
+    taken.release()
 
 
 def made_parents(folder: Path) -> list[Path]:

@@ -63,7 +63,7 @@ def command(chosen: Options, resumed: Path | None) -> int:
         print(f"error: a bug in sparsessm ({type(error).__name__}: {first_line(error)}); {where[-1]}", file=sys.stderr)
         return BUG
     if is_main:
-        print(text_table([row(chosen.method, metrics)]))
+        print(text_table([row(chosen, metrics)]))
     return 0
 
 

@@ -1,5 +1,7 @@
 """Files appear whole or not at all, links and pipes stay what they are, and a lock belongs to one process."""
 
+import errno
+import fcntl
 import json
 import os
 import stat
@@ -95,8 +97,8 @@ def test_names_change_places_in_one_step(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from sparsessm.files import Lock
-Lock(Path(sys.argv[1]), "")
+from sparsessm.files import lock
+held = lock(Path(sys.argv[1]))
 print("held", flush=True)
 input()
 """
@@ -108,12 +110,28 @@ def test_a_lock_is_refused_to_another_process_and_goes_with_its_own(tmp_path):
         [sys.executable, "-c", HOLD, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(StorageError, match="taken"):
-        files.Lock(path, "taken")
+    assert files.lock(path) is None
     holder.kill()
     holder.communicate()
-    lock = files.Lock(path, "taken")
-    with pytest.raises(StorageError, match="taken"):
-        files.Lock(path, "taken")
-    lock.release()
+    lock = files.lock(path)
+    assert files.lock(path) is None
+    files.unlock(lock)
     assert not path.exists()
+    files.unlock(files.lock(path))
+
+
+def test_a_lock_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        files.lock(tmp_path / "link")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_file_system_without_locks_does_without(tmp_path, monkeypatch):
+    def flock(handle, _):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = files.lock(tmp_path / "lock")
+    assert not lock.is_locked
+    files.unlock(lock)

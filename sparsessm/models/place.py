@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sparsessm import files
-from sparsessm.errors import InputError, storing
+from sparsessm.errors import InputError, StorageError, storing
 
 MASKS, RECORD = "masks.safetensors", "sparsessm.json"
 
@@ -131,8 +131,11 @@ class Place:
             )
             around = self.path if self._inside else self.path.parent
             mark = f".sparsessm-{hashlib.sha256(os.fsencode(self.path.name)).hexdigest()[:12]}"
-            busy = f"--save {target}: another run is writing there: wait until it ends, or name another folder"
-            self._lock = files.Lock(around / f"{mark}.lock", busy)
+            lock = files.lock(around / f"{mark}.lock")
+            if lock is None:
+                busy = "another run is writing there: wait until it ends, or name another folder"
+                raise StorageError(f"--save {target}: {busy}")
+            self._lock = lock
             for left in around.glob(f"{mark}-*.partial"):
                 shutil.rmtree(left, ignore_errors=True)
             put_back(self.path)
@@ -205,7 +208,7 @@ class Place:
     def close(self) -> None:
         """Releases the place; what was not published is deleted."""
         shutil.rmtree(self.staging, ignore_errors=True)
-        self._lock.release()
+        files.unlock(self._lock)
         files.remove_empty(self._made)
 
 

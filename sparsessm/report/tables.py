@@ -1,19 +1,107 @@
-"""The row of a run, and rows as a plain-text table."""
+"""The row of a run, figures over seeds, and tables as plain text, Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import csv
+import dataclasses
+import io
+import math
+import re
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from sparsessm.options import Options
+from sparsessm.report.wording import short_names
 
-def row(method: str | None, metrics: Mapping[str, Any]) -> dict[str, str]:
+NOTHING = "–"
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "±": r"$\pm$", **{mark: "\\" + mark for mark in "_%&#${}"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a table: one value a seed, what was published, and that of the dense model."""
+
+    values: tuple[float, ...]
+    published: float | None = None
+    dense: float | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the sample (n - 1); None for fewer than two runs, or where one is not finite."""
+        usable = len(self.values) > 1 and all(map(math.isfinite, self.values))
+        return statistics.stdev(self.values) if usable else None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the published one."""
+        return _difference(self.mean, self.published)
+
+    @property
+    def over_dense(self) -> float | None:
+        """Ours minus the dense one."""
+        return _difference(self.mean, self.dense)
+
+    @property
+    def text(self) -> str:
+        """As 28.33 ± 1.53 (+7.72): mean, deviation, and the difference to the dense model."""
+        if self.mean is None:
+            return NOTHING
+        spread = "" if self.deviation is None else f" ± {number(self.deviation)}"
+        return number(self.mean) + spread + ("" if self.over_dense is None else f" ({signed(self.over_dense)})")
+
+
+def _difference(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None or (math.isinf(one) and one == other) else one - other
+
+
+def finite_or_infinite(value: float | None) -> float:
+    """A perplexity of metrics.json, where an infinite one is null."""
+    return math.inf if value is None else value
+
+
+def number(value: float) -> str:
+    """Two digits after the point; powers of ten where most digits would mean nothing."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{round(value, 2) + 0.0:.2f}" if abs(value) < 1e5 else f"{value:.2e}"  # + 0.0: no minus before a zero
+
+
+def signed(value: float) -> str:
+    text = number(value)
+    return text if text.startswith("-") else f"+{text}"
+
+
+def variant(chosen: Options) -> str:
+    """The method and what is unlike its defaults, as: sparsessm, aggregate sum, seed 1."""
+    names = [spec.name for spec in dataclasses.fields(Options)]
+    pruning = ["seed", *names[names.index("prunen") : names.index("data_dir")]]  # the groups of --help that are of pruning
+    usual = {spec.name: spec.default for spec in dataclasses.fields(Options)}
+    changed = {name: value for name in pruning if (value := getattr(chosen, name)) != usual[name]}
+    shown = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+    return ", ".join([str(chosen.method), *(name if value is True else f"{name} {value}" for name, value in shown.items())])
+
+
+def row(chosen: Options, metrics: Mapping[str, Any]) -> dict[str, str]:
     """One row, as printed at the end of a run: method, sparsity, perplexity per data set, seconds, memory."""
-    share = metrics["sparsity"]
+    share, dense = metrics["sparsity"], metrics["dense_perplexity"]
     parts = [f"{key} {share[key]:.1%}" for key in ("ssm", "layers") if share[key]]
-    cells = {"method": method or ("pruned before" if parts else "dense"), "sparsity": ", ".join(parts) or "0"}
-    for kind, figures in (("perplexity", metrics["perplexity"]), ("dense", metrics["dense_perplexity"])):
-        cells.update({f"{kind} {Path(name).name or name}": _figure(value) for name, value in figures.items()})
+    unpruned = "pruned before" if parts else "dense"
+    cells = {"method": variant(chosen) if chosen.method else unpruned, "sparsity": ", ".join(parts) or "0"}
+    names = short_names([*metrics["perplexity"], *dense])
+    for name, value in metrics["perplexity"].items():
+        base = finite_or_infinite(dense[name]) if name in dense else None
+        cells[f"perplexity {names[name]}"] = Figure((finite_or_infinite(value),), dense=base).text
+    cells |= {f"dense {names[name]}": number(finite_or_infinite(value)) for name, value in dense.items()}
     if metrics["zero_shot"]:
         cells["zero-shot"] = f"{metrics['zero_shot']['mean']['value']:.2%}"
     cells["seconds"] = f"{sum(metrics['seconds'].values()):.1f}"
@@ -21,15 +109,77 @@ def row(method: str | None, metrics: Mapping[str, Any]) -> dict[str, str]:
     return cells
 
 
-def _figure(value: float | None) -> str:
-    return "inf" if value is None else f"{value:.2f}"
-
-
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows of cells as aligned columns; a row without a cell of that name shows a dash."""
     names = list(dict.fromkeys(name for cells in rows for name in cells))
-    lines = [names, *([cells.get(name, "-") for name in names] for cells in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return aligned(names, [[cells.get(name, "-") for name in names] for cells in rows])
+
+
+def aligned(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Head and rows as aligned columns of plain text."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    ruled = [head, ["-" * width for width in widths], *lines[1:]]
     cells = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in ruled]
     return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of the text, with its bars escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def comma_separated(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """The values as they are; an empty cell for None."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([head, *rows])
+    return out.getvalue()
+
+
+def latex_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    caption: str,
+    label: str,
+    labels: int,
+    groups: Sequence[str] = (),
+    best: Collection[tuple[int, int]] = (),
+    comments: Sequence[Sequence[str]] = (),
+) -> str:
+    """A table environment for booktabs and adjustbox; what is wider than the text, or longer than a page, is shrunk.
+
+    Args:
+        labels: how many columns, from the left, are names; the others are figures. groups: heads over equal parts of the
+            columns of figures. best: (row, column) of what is set in bold. comments: lines above each row.
+    """
+
+    def name(text: str) -> str:
+        return "".join(_LATEX.get(mark, mark) for mark in text)
+
+    def figure(text: str) -> str:
+        return re.sub(r"(?<![\w.])-(?=[\w.])", "$-$", name(text))
+
+    columns = "l" * labels + "r" * (len(head) - labels)
+    lines = [
+        "% needs \\usepackage{booktabs} and \\usepackage{adjustbox}", r"\begin{table}[tbp]", r"\centering",
+        rf"\caption{{{name(caption)}}}", rf"\label{{tab:{label}}}",
+        r"\begin{adjustbox}{max width=\textwidth, max totalheight=0.85\textheight}",
+        rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+    ]  # fmt: skip
+    if groups:
+        wide = (len(head) - labels) // len(groups)
+        lines.append(" & ".join([""] * labels + [rf"\multicolumn{{{wide}}}{{c}}{{{name(one)}}}" for one in groups]) + r" \\")
+        starts = [labels + 1 + wide * i for i in range(len(groups))]
+        lines.append(" ".join(rf"\cmidrule(lr){{{start}-{start + wide - 1}}}" for start in starts))
+    lines.append(" & ".join(map(name, head)) + r" \\")
+    grouped = len({cells[0] for cells in rows}) < len(rows)
+    for i, cells in enumerate(rows):
+        if i == 0 or (grouped and cells[0] != rows[i - 1][0]):
+            lines.append(r"\midrule")
+        lines += [f"% {comment}" for comment in (comments[i] if comments else ())]
+        shown = [name(cell) if j < labels else figure(cell) for j, cell in enumerate(cells)]
+        lines.append(" & ".join(rf"\textbf{{{cell}}}" if (i, j) in best else cell for j, cell in enumerate(shown)) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}", r"\end{adjustbox}", r"\end{table}"]
+    return "\n".join(lines) + "\n"

@@ -12,37 +12,39 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from sparsessm import options
+from sparsessm import files, options
 from sparsessm.commandline import parse
 from sparsessm.corpora.names import DATASETS
-from sparsessm.errors import InputError
+from sparsessm.errors import UNUSABLE, InputError, Interrupted, ending_by_signals
 from sparsessm.options import Options
 
-MAIN = Path(__file__).resolve().parent.parent.parent / "main.py"
+COMMAND = (sys.executable, "-P", "-m", "sparsessm")  # -P: not a folder of that name where the job was started
+_PACKAGES = Path(__file__).resolve().parents[2]
 
-_POLL = 0.05  # seconds between two looks at the running children
+_LOOK = 0.5  # seconds between two looks at the pool, and for which a worker waits for another job's run
+_LINE = 60.0  # seconds between two lines of progress where there is no terminal
 # How a run is asked to end, and for how many seconds it is waited for: an interrupt lets it close its log.
 _ENDING = ((signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 60.0))
+_HELD = "a run of another job holds the cell"
 
 
 class Stopped(Exception):
@@ -92,7 +94,7 @@ class Cell:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The settings, as in options.json: all options but the paths."""
-        return _settings(dataclasses.asdict(self.options))
+        return json.loads(json.dumps(self.options.settings))
 
     @cached_property
     def name(self) -> str:
@@ -167,8 +169,9 @@ def fill(
 
 
 def environment(worker: int, workers: int, devices: Sequence[str], group: str | None) -> dict[str, str]:
-    """The variables of a worker's runs: its device, or its share of the cores; the group on wandb."""
+    """The variables of a worker's runs: its device, or its share of the cores; the group on wandb; this package."""
     variables = dict(os.environ)
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGES), variables.get("PYTHONPATH")]))
     if devices:
         variables["CUDA_VISIBLE_DEVICES"] = devices[worker % len(devices)]
     else:
@@ -178,158 +181,144 @@ def environment(worker: int, workers: int, devices: Sequence[str], group: str | 
     return variables
 
 
-@dataclass
-class _Child:
-    """A run under way."""
-
-    cell: Cell
-    resumed: bool
-    process: subprocess.Popen[bytes]
-    lock: BinaryIO
-    console: Path
-
-
 class _Job:
-    """The queue of one call of `fill`, and the run of each worker."""
+    """One call of `fill`: a pool of threads, each of which waits for a run."""
 
     def __init__(
         self, cells: Sequence[Cell], base_dir: Path, workers: int, devices: Sequence[str], group: str | None
     ) -> None:
         self.base_dir, self.workers = base_dir, workers
-        self.environments = [environment(i, workers, devices, group) for i in range(workers)]
-        self.refused = {cell: cell.refusal for cell in cells if cell.refusal}
-        self.able = [cell for cell in cells if cell not in self.refused]
-        self.queue = deque({cell.name: cell for cell in self.able}.values())  # two tables may ask for the same run
-        self.running: dict[int, _Child] = {}
-        self.failed: dict[str, str] = {}  # by the cells' names
-        self.stale: set[str] = set()  # names of cells whose interrupted run could not be resumed
-        self.signal: int | None = None
-        self.said = ""
-        # no bar without a terminal
-        self.bar = tqdm(total=len(self.queue), unit="cell", disable=not sys.stderr.isatty())
+        self.cells = cells
+        self.free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()  # the variables of workers without a run
+        for worker in range(workers):
+            self.free.put(environment(worker, workers, devices, group))
+        self.running: dict[subprocess.Popen[bytes], str] = {}
+        self.gate = threading.Lock()  # no run starts once `stopping` is set
+        self.stopping = False
 
     def run(self) -> dict[Cell, str]:
-        with self.bar, self._signals():
+        refused = {cell: cell.refusal for cell in self.cells if cell.refusal}
+        able = {cell.name: cell for cell in self.cells if cell not in refused}  # two tables may ask for the same run
+        to_do = [cell for cell in able.values() if not finished(cell, self.base_dir)]
+        failed: dict[str, str] = {}  # by the cells' names
+        with ending_by_signals(), ThreadPoolExecutor(self.workers) as pool, Progress(len(able), len(to_do)) as progress:
             try:
-                while (self.queue or self.running) and self.signal is None:
-                    for worker in range(self.workers):
-                        if worker in self.running:
-                            self._collect(worker)
-                        if worker not in self.running:
-                            self._start_next(worker)
-                    time.sleep(_POLL if self.queue or self.running else 0)
-            finally:
+                pending = {pool.submit(self._fill, cell): cell for cell in to_do}
+                while pending:
+                    for future in wait(pending, _LOOK, FIRST_COMPLETED).done:
+                        cell, reason = pending.pop(future), future.result()
+                        if reason == _HELD:
+                            pending[pool.submit(self._fill, cell)] = cell
+                            continue
+                        if reason:
+                            failed[cell.name] = reason
+                        progress.advance()
+                    progress.show(list(self.running.values()), len(failed))
+            except BaseException as error:
                 self._end_all()
-        if self.signal is not None:
-            raise Stopped(self.signal)
-        return self.refused | {cell: self.failed[cell.name] for cell in self.able if cell.name in self.failed}
+                if isinstance(error, Interrupted):
+                    raise Stopped(signal.Signals[str(error)]) from None
+                raise
+        return refused | {cell: failed[cell.name] for cell in self.cells if cell not in refused and cell.name in failed}
 
-    def _start_next(self, worker: int) -> None:
-        """Starts the first cell that is neither done nor held by a run of another job."""
-        for _ in range(len(self.queue)):
-            cell = self.queue.popleft()
-            lock = self._lock(cell)
-            if lock is None:
-                self.queue.append(cell)
-            elif finished(cell, self.base_dir):
-                lock.close()
-                self._advance()
-            else:
-                self.running[worker] = self._start(cell, lock, self.environments[worker])
-                return
-        if self.queue and not self.running:
-            self._say("waiting for a run of another job")
+    def _fill(self, cell: Cell) -> str | None:
+        """Runs a cell unless it is done; returns why there are no figures, None where there are.
 
-    def _lock(self, cell: Cell) -> BinaryIO | None:
-        """The cell's lock, or None while another job's run holds it."""
-        folder = self.base_dir / cell.name
+        Raises:
+            InputError: its folder cannot be written.
+        """
+        folder, handed = self.base_dir / cell.name, list[int]()
+        if self.stopping:
+            return None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / ".lock").open("ab")
+            lock = files.lock(folder / ".lock", wait=_LOOK, on_acquired=handed.append)
         except OSError as error:
             raise InputError(f"cannot write under {folder} ({error.strerror}): choose --base_dir elsewhere") from None
+        if lock is None:
+            return _HELD
+        code, variables = None, self.free.get()
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return None
-        except OSError:
-            pass  # a file system without locks: users must then not start two jobs at once
-        return lock
-
-    def _start(self, cell: Cell, lock: BinaryIO, variables: dict[str, str]) -> _Child:
-        self._say(cell.label)
-        broken_off = None if cell.name in self.stale else interrupted(cell, self.base_dir)
-        argv = ["--resume", str(broken_off)] if broken_off else cell.command(self.base_dir)
-        console = self.base_dir / cell.name / "console.log"
-        with console.open("wb") as stream:
-            process = subprocess.Popen(
-                [sys.executable, str(MAIN), *argv],
-                stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=variables,
-                pass_fds=(lock.fileno(),),  # the run holds the lock for as long as it lives, longer than this job maybe
-            )  # fmt: skip
-        return _Child(cell, broken_off is not None, process, lock, console)
-
-    def _collect(self, worker: int) -> None:
-        """Takes note of a run that has ended."""
-        child = self.running[worker]
-        code = child.process.poll()
-        if code is None:
-            return
-        del self.running[worker]
-        child.lock.close()
-        if finished(child.cell, self.base_dir):
-            self._advance()
-        elif code == 2 and child.resumed:
-            # the model, text or settings changed since the interruption: it is started from the beginning
-            self.stale.add(child.cell.name)
-            self.queue.appendleft(child.cell)
-        else:
-            said = _last_words(child.console)
-            if code == 0:
-                said = "it ended, but not with the options that it was asked for: was the program changed meanwhile?"
-            self.failed[child.cell.name] = f"{said} (exit code {code}; {child.console})"
-            self._advance()
-
-    def _say(self, what: str) -> None:
-        """Shows the present state before the bar."""
-        if what != self.said:
-            self.said = what
-            self.bar.set_description_str(what)
-
-    def _advance(self) -> None:
-        self.bar.set_postfix(failed=len(self.failed), refresh=False)
-        self.bar.update()
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Notes a signal for the loop to see, rather than break into the start of a run; those ignored stay so."""
-
-        def note(number: int, _: Any) -> None:
-            self.signal = number
-
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    before[number] = signal.signal(number, note)
-        try:
-            yield
+            broken_off = interrupted(cell, self.base_dir)
+            if not finished(cell, self.base_dir) and broken_off:
+                code = self._run(cell, ["--resume", str(broken_off)], variables, handed)
+            # it refuses to resume where the model, the text or the settings changed since
+            if not finished(cell, self.base_dir) and code in (None, UNUSABLE):
+                code = self._run(cell, cell.command(self.base_dir), variables, handed)
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self.free.put(variables)
+            lock.release()
+        if finished(cell, self.base_dir):
+            return None
+        said = _last_words(folder / "console.log")
+        if code == 0:
+            said = "it ended, but not with the options that it was asked for: was the program changed meanwhile?"
+        return f"{said} (exit code {code}; {folder / 'console.log'})"
+
+    def _run(self, cell: Cell, argv: Sequence[str], variables: dict[str, str], handed: Sequence[int]) -> int | None:
+        """Runs the command to its end; returns its exit code, None where the job is stopping."""
+        with (self.base_dir / cell.name / "console.log").open("wb") as console, self.gate:
+            if self.stopping:
+                return None
+            process = subprocess.Popen(
+                [*COMMAND, *argv], stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, env=variables,
+                pass_fds=handed,  # the run holds the lock for as long as it lives, longer than this job maybe
+            )  # fmt: skip
+            self.running[process] = cell.label
+        code = process.wait()
+        del self.running[process]
+        return code
 
     def _end_all(self) -> None:
+        with self.gate:
+            self.stopping = True
         for number, patience in _ENDING:
-            alive = [child.process for child in self.running.values() if child.process.poll() is None]
-            for process in alive:
+            for process in list(self.running):
                 process.send_signal(number)
             deadline = time.monotonic() + patience
-            while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
-                time.sleep(_POLL)
-        for child in self.running.values():
-            child.lock.close()
-        self.running.clear()
+            while self.running and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+
+class Progress:
+    """A bar over all runs on a terminal; elsewhere a line a minute."""
+
+    def __init__(self, total: int, to_do: int) -> None:
+        self.total, self.done, self.n = total, total - to_do, total - to_do
+        self.began = self.said = time.monotonic()
+        # the label comes last: it is what a narrow terminal cuts off
+        self.bar = tqdm(
+            total=total, initial=self.done, unit="run", smoothing=0, disable=None, dynamic_ncols=True,
+            bar_format="{n_fmt} of {total_fmt} runs |{bar:20}| {elapsed}, {remaining} left{postfix}  {desc}",
+        )  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def advance(self) -> None:
+        self.n += 1
+        self.bar.update()
+
+    def show(self, running: Sequence[str], failed: int) -> None:
+        """The present state: labels of what runs, and how many runs failed."""
+        now = running[0] if running else "waiting for a run of another job" if self.n < self.total else ""
+        now += f" and {len(running) - 1} more" if len(running) > 1 else ""
+        postfix = f"{failed} failed" if failed else ""
+        if not self.bar.disable:
+            self.bar.set_postfix_str(postfix, refresh=False)
+            self.bar.set_description_str(now)
+        elif time.monotonic() - self.said >= _LINE:
+            self.said = time.monotonic()
+            print(
+                tqdm.format_meter(
+                    self.n, self.total, self.said - self.began, initial=self.done, prefix=now, postfix=postfix,
+                    bar_format="{n_fmt} of {total_fmt} runs after {elapsed}, {remaining} left{postfix}: {desc}",
+                ),
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
 
 def _runs(cell: Cell, base_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -341,13 +330,13 @@ def _runs(cell: Cell, base_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
         except (OSError, ValueError):
             continue
         # an older version had fewer flags: a flag it did not know does nothing by its default
-        if isinstance(record, dict) and _settings(_defaults() | record) == cell.settings:
+        if isinstance(record, dict) and _without_places(_defaults() | record) == cell.settings:
             found.append((started, file.parent, record))
     return [(folder, record) for _, folder, record in sorted(found, key=lambda run: run[0], reverse=True)]
 
 
-def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in json.loads(json.dumps(values)).items() if key not in options.PLACES}
+def _without_places(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in options.PLACES}
 
 
 def _defaults() -> dict[str, Any]:

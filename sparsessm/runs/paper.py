@@ -1,6 +1,6 @@
 """The paper's tables as data: which runs fill a table, and its figures once they are there.
 
-scripts/paper/NAME.json describes a table: its title and source, its models and text, and its rows, each the flags of a
+tables/NAME.json describes a table: its title and source, its models and text, and its rows, each the flags of a
 run. `vary` crosses every row that prunes with lists of values. Published figures are not in it: `published` names the
 table in metrics/paper_tables.json, where a row is found by model and name, or by what `published_rows` says.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,11 @@ from sparsessm.errors import InputError
 from sparsessm.metrics.published import SEQLEN, TABLES
 from sparsessm.metrics.tasks import TASKS
 from sparsessm.options import Options
+from sparsessm.report.tables import Figure, finite_or_infinite
+from sparsessm.report.wording import short_names
 from sparsessm.runs.grid import Cell, finished, resolved_dataset, resolved_model
 
-FOLDER = Path(__file__).resolve().parent.parent.parent / "scripts" / "paper"
+FOLDER = Path(__file__).resolve().parent / "tables"
 MODELS = {size: f"state-spaces/mamba-{size}-hf" for size in ("130m", "370m", "790m", "1.4b", "2.8b")}
 MODELS |= {name: f"state-spaces/{name}" for name in ("mamba2-370m", "mamba2-780m")}
 
@@ -83,13 +84,28 @@ def bare_name(model: str) -> str:
     return Path(model).name.removesuffix("-hf")
 
 
+def model_names(models: Sequence[str]) -> dict[str, str]:
+    """Each model -> its name in a table: the bare one, or more of its path where two would be called the same."""
+    models = list(dict.fromkeys(models))
+    bare = [bare_name(model) for model in models]
+    whole = short_names(models)
+    return {model: name if bare.count(name) == 1 else whole[model] for model, name in zip(models, bare, strict=True)}
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A line of a table: a model, a row, and the runs that fill it, one a seed."""
+    """A line of a table: a model, a row, the flags that vary, and the runs that fill it, one a seed."""
 
     model: str
-    row: str
+    name: str
+    varied: Mapping[str, str]
+    prunes: bool
     cells: tuple[Cell, ...]
+
+    @property
+    def row(self) -> str:
+        """The name with the flags that vary."""
+        return ", ".join([self.name, *(f"{flag} {value}" for flag, value in self.varied.items())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,41 +149,45 @@ def entries(table: Table, changes: Changes) -> list[Entry]:
     shared = {"dataset": calibration[0], "ppl_datasets": [resolved_dataset(name) for name in evaluation]}
 
     found = []
-    for model in changes.models or table.models:
-        model = resolved_model(MODELS.get(model, model))
-        for row, flags in _rows(table, vary, changes.only):
-            if "method" in flags:
+    models = model_names([resolved_model(MODELS.get(model, model)) for model in changes.models or table.models])
+    for model in models:
+        for name, varied, flags in _rows(table, vary, changes.only):
+            if prunes := "method" in flags:
                 flags = {**shared, **table.flags, **flags, **changes.flags}
-                seeds: Sequence[int | None] = changes.seeds or [None]
+                seeds: Sequence[int | None] = list(dict.fromkeys(changes.seeds or [])) or [None]
             else:
                 flags = shared | flags | {key: value for key, value in changes.flags.items() if key in _EVALUATION}
                 seeds = [None]  # nothing is drawn: a seed would change nothing
+            entry = Entry(model, name, varied, prunes, ())
             cells = []
             for seed in seeds:
                 argv = _argv(model, flags | ({} if seed is None else {"seed": seed})) + list(changes.argv)
-                label = f"{bare_name(model)}, {row}" + ("" if seed is None else f", seed {seed}")
+                label = f"{models[model]}, {entry.row}" + ("" if seed is None else f", seed {seed}")
                 cells.append(Cell(label, tuple(argv)))
-            found.append(Entry(model, row, tuple(cells)))
+            found.append(dataclasses.replace(entry, cells=tuple(cells)))
     refusals = [cell.refusal for entry in found for cell in entry.cells]
     if all(refusals):
         raise InputError(refusals[0])
     return found
 
 
-def _rows(table: Table, vary: Mapping[str, Sequence[Any]], only: Sequence[str] | None) -> list[tuple[str, dict[str, Any]]]:
-    """(name, flags) of each line, the varied flags crossed with every row that prunes."""
+def _rows(
+    table: Table, vary: Mapping[str, Sequence[Any]], only: Sequence[str] | None
+) -> list[tuple[str, dict[str, str], dict[str, Any]]]:
+    """Name, varied flags as text, and all flags of each line; what varies is crossed with every row that prunes."""
     kept = {
         row: flags for row, flags in table.rows.items() if only is None or row in only or flags.get("method") in only
     }
     unknown = set(only or ()) - kept.keys() - {flags.get("method") for flags in kept.values()}
     if unknown:
         raise InputError(f"{table.name} has no row {', '.join(sorted(unknown))}; it has: {', '.join(table.rows)}")
+    texts = short_names(vary.get("dataset", ()))
     lines = []
     for row, flags in kept.items():
         for values in itertools.product(*vary.values()) if "method" in flags else [()]:
             varied = dict(zip(vary, values, strict=False))  # no values for a row that is not pruned
-            said = [f"{flag} {Path(value).name if flag == 'dataset' else value}" for flag, value in varied.items()]
-            lines.append((", ".join([row, *said]), dict(flags) | varied))
+            said = {flag: texts[value] if flag == "dataset" else str(value) for flag, value in varied.items()}
+            lines.append((row, said, dict(flags) | varied))
     return lines
 
 
@@ -180,28 +200,6 @@ def _argv(model: str, flags: Mapping[str, Any]) -> list[str]:
         argv.append(f"--{name}")
         argv += map(str, value if isinstance(value, list) else [] if value is True else [value])
     return argv
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure of a table: what was published, and what our runs gave, one value a seed."""
-
-    published: float | None
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float | None:
-        return statistics.fmean(self.values) if self.values else None
-
-    @property
-    def deviation(self) -> float | None:
-        """Standard deviation of the sample (n - 1); None for fewer than two runs."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-    @property
-    def difference(self) -> float | None:
-        """Ours minus the published one."""
-        return None if self.published is None or self.mean is None else self.mean - self.published
 
 
 @dataclass(frozen=True)
@@ -243,15 +241,20 @@ def fill_in(table: Table, lines: Sequence[Entry], base_dir: Path, failures: Mapp
     Args:
         failures: of `grid.fill`; other cells without a finished run are still to be done.
     """
-    filled = [_line(table, entry, base_dir, failures) for entry in lines]
     able = [cell.options for entry in lines for cell in entry.cells if not cell.refusal]
-    columns = dict.fromkeys(_column(name, one.evaluation_sets) for one in able for name in one.evaluation_sets)
+    texts = short_names(name for one in able for name in one.evaluation_sets)
+    models = model_names([entry.model for entry in lines])
+    filled = [_line(table, entry, models[entry.model], texts, base_dir, failures) for entry in lines]
+    dense = {line.entry.model: line.figures for line in filled if not line.entry.prunes}
+    filled = [_with_dense(line, dense.get(line.entry.model, {})) if line.entry.prunes else line for line in filled]
     others = dict.fromkeys(column for line in filled for column in line.figures)
-    accuracies = [column for column in others if column not in (*columns, *DATASETS)]
-    return Filled(table, list(columns), accuracies, filled, _remarks(table, filled))
+    accuracies = [column for column in others if column not in (*texts.values(), *DATASETS)]
+    return Filled(table, list(dict.fromkeys(texts.values())), accuracies, filled, _remarks(table, filled))
 
 
-def _line(table: Table, entry: Entry, base_dir: Path, failures: Mapping[Cell, str]) -> Line:
+def _line(
+    table: Table, entry: Entry, model: str, texts: Mapping[str, str], base_dir: Path, failures: Mapping[Cell, str]
+) -> Line:
     values: dict[str, list[float]] = {}
     folders = []
     for cell in entry.cells:
@@ -260,20 +263,20 @@ def _line(table: Table, entry: Entry, base_dir: Path, failures: Mapping[Cell, st
             continue
         folders.append(folder)
         metrics = json.loads((folder / "metrics.json").read_text())
-        perplexities = {_column(name, cell.options.evaluation_sets): x for name, x in metrics["perplexity"].items()}
+        perplexities = {texts[name]: finite_or_infinite(value) for name, value in metrics["perplexity"].items()}
         for column, value in (perplexities | _accuracies(metrics["zero_shot"])).items():
             values.setdefault(column, []).append(value)
-    model = bare_name(entry.model)
-    published = table.published_figures(model, entry.row)
-    figures = {name: Figure(published.get(name), tuple(values.get(name, ()))) for name in {**published, **values}}
+    published = table.published_figures(bare_name(entry.model), entry.row)
+    figures = {name: Figure(tuple(values.get(name, ())), published.get(name)) for name in {**published, **values}}
     wrong = tuple(f"{cell.label}: {failures[cell]}" for cell in entry.cells if cell in failures)
     return Line(entry, model, figures, tuple(folders), wrong)
 
 
-def _column(dataset: str, evaluated: Sequence[str]) -> str:
-    """A data set's column: its bare name, or all of it where another one of the run is called the same."""
-    bare = Path(dataset).name
-    return bare if sum(Path(other).name == bare for other in evaluated) == 1 else dataset
+def _with_dense(line: Line, dense: Mapping[str, Figure]) -> Line:
+    """The line, each figure beside that of the dense model."""
+    base = {column: figure.mean for column, figure in dense.items()}
+    figures = {name: dataclasses.replace(figure, dense=base.get(name)) for name, figure in line.figures.items()}
+    return dataclasses.replace(line, figures=figures)
 
 
 def _accuracies(zero_shot: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -1,24 +1,24 @@
-"""A filled table of the paper as Markdown, CSV, LaTeX and JSON: published figure, ours and the difference side by side."""
+"""A filled table of the paper as text, Markdown, CSV, LaTeX and JSON: published figure, ours and the difference."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
 import shlex
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from sparsessm.errors import storing
 from sparsessm.files import write_text
+from sparsessm.report import tables
+from sparsessm.report.tables import NOTHING, Figure, signed
+from sparsessm.report.wording import slug
 from sparsessm.runs.grid import finished
-from sparsessm.runs.paper import Figure, Filled, Line
+from sparsessm.runs.paper import Filled, Line
 
-NOTHING = "–"
 _FAILED = "failed"
-_LATEX = {"\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "–": "--", "±": r"$\pm$"}
 
 
 def write(filled: Filled, folder: Path, base_dir: Path) -> list[Path]:
@@ -37,6 +37,15 @@ def write(filled: Filled, folder: Path, base_dir: Path) -> list[Path]:
     return [folder / file for file in contents]
 
 
+def text(filled: Filled) -> str:
+    """Perplexities, then accuracies where there are any, for a terminal."""
+    parts = []
+    for what, columns in _sections(filled):
+        rows = [[*_label(filled, line), *_cells(filled, line, columns)] for line in filled.lines]
+        parts += [f"{what}:", tables.aligned([*_names(filled), *_heads(filled, columns)], rows)]
+    return "\n".join(parts + filled.remarks)
+
+
 def markdown(filled: Filled, folder: Path) -> str:
     """Perplexities, then accuracies where there are any; numbers in brackets lead to the run folders below.
 
@@ -46,12 +55,12 @@ def markdown(filled: Filled, folder: Path) -> str:
     table, numbers = filled.table, _numbers(filled)
     parts = [f"# {table.name}: {table.title}", f"Source: {table.source}."]
     for what, columns in _sections(filled):
-        head = ["model", "row", *_heads(filled, columns), "runs"]
+        head = [*_names(filled), *_heads(filled, columns), "runs"]
         rows = []
         for line in filled.lines:
             runs = " ".join(f"[{numbers[run]}]" for run in line.runs)
-            rows.append([line.model, line.entry.row, *_cells(filled, line, columns), runs or NOTHING])
-        parts += [f"## {what}", markdown_table(head, rows)]
+            rows.append([*_label(filled, line), *_cells(filled, line, columns), runs or NOTHING])
+        parts += [f"## {what}", tables.markdown_table(head, rows)]
     parts += filled.remarks
     failures = [f"- {failure}" for line in filled.lines for failure in line.failures]
     if failures:
@@ -62,40 +71,39 @@ def markdown(filled: Filled, folder: Path) -> str:
 
 
 def comma_separated(filled: Filled) -> str:
-    """One line a figure, unrounded: table, model, row, column, published, ours, deviation, seeds, difference, runs."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["table", "model", "row", "column", "published", "ours", "standard_deviation", "seeds", "difference", "runs"]
-    )
+    """One line a figure, unrounded: table, model, row, column, published, ours, deviation, seeds, differences, runs."""
+    head = ["table", "model", "row", "column", "published", "ours", "standard_deviation", "seeds", "difference",
+            "difference_to_dense", "runs"]  # fmt: skip
+    rows = []
     for line in filled.lines:
         for column in [*filled.perplexities, *filled.accuracies]:
-            figure = line.figures.get(column, Figure(None, ()))
-            found = (figure.published, figure.mean, figure.deviation, len(figure.values), figure.difference)
-            place = (filled.table.name, line.model, line.entry.row, column)
-            writer.writerow([*place, *("" if x is None else x for x in found), ";".join(map(str, line.runs))])
-    return out.getvalue()
+            one = line.figures.get(column, Figure(()))
+            found = (one.published, one.mean, one.deviation, len(one.values), one.difference, one.over_dense)
+            rows.append([filled.table.name, line.model, line.entry.row, column, *found, ";".join(map(str, line.runs))])
+    return tables.comma_separated(head, rows)
 
 
 def latex(filled: Filled) -> str:
-    """A tabular for each kind of figure (needs booktabs); the run folders are comments above the lines."""
+    """A table environment for each kind of figure; the run folders are comments above the lines."""
     parts = [f"% {filled.table.name}: {filled.table.title}. Source: {filled.table.source}."]
     parts += [f"% {remark}" for remark in filled.remarks]
+    labels = len(_names(filled))
     for what, columns in _sections(filled):
-        wide = 3 if filled.compares else 1
-        parts += [f"% {what}", rf"\begin{{tabular}}{{ll{'r' * wide * len(columns)}}}", r"\toprule"]
-        if wide == 3:
-            groups = [rf"\multicolumn{{3}}{{c}}{{{_escaped(column)}}}" for column in columns]
-            parts.append(" & ".join(["", "", *groups]) + r" \\")
-            heads = ["published", "ours", "difference"] * len(columns)
-        else:
-            heads = [_escaped(column) for column in columns]
-        parts += [" & ".join(["model", "row", *heads]) + r" \\", r"\midrule"]
-        for line in filled.lines:
-            parts += [f"% {run}" for run in line.runs]
-            cells = [line.model, line.entry.row, *_cells(filled, line, columns)]
-            parts.append(" & ".join(map(_escaped, cells)) + r" \\")
-        parts += [r"\bottomrule", r"\end{tabular}"]
+        figures = [line.figures[column] for line in filled.lines for column in columns if column in line.figures]
+        caption = f"{filled.table.title}. {what}; in bold the best of the pruned models."
+        if any(figure.over_dense is not None for figure in figures):
+            caption += " In parentheses the difference to the dense model."
+        if any(figure.deviation is not None for figure in figures):
+            caption += " Mean ± standard deviation over seeds."
+        compared = ["published", "ours", "difference"] * len(columns)
+        table = tables.latex_table(
+            [*_names(filled), *(compared if filled.compares else columns)],
+            [[*_label(filled, line), *_cells(filled, line, columns)] for line in filled.lines],
+            caption=caption, label=slug(f"{filled.table.name} {what.split(',')[0]}"), labels=labels,
+            groups=columns if filled.compares else (), best=_best(filled, columns, labels),
+            comments=[list(map(str, line.runs)) for line in filled.lines],
+        )  # fmt: skip
+        parts += ["", table.rstrip()]
     return "\n".join(parts) + "\n"
 
 
@@ -117,24 +125,12 @@ def trace(filled: Filled, base_dir: Path) -> dict[str, object]:
             )
         figures = {
             column: {"published": figure.published, "ours": list(figure.values), "mean": figure.mean,
-                     "standard_deviation": figure.deviation, "difference": figure.difference}
+                     "standard_deviation": figure.deviation, "difference": figure.difference,
+                     "difference_to_dense": figure.over_dense}
             for column, figure in line.figures.items()
         }  # fmt: skip
         lines.append({"model": line.entry.model, "row": line.entry.row, "figures": figures, "runs": runs})
     return {"table": filled.table.name, "title": filled.table.title, "source": filled.table.source, "lines": lines}
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of the text, with its bars escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-
-
-def number(value: float) -> str:
-    """Two digits after the point; powers of ten where most digits would mean nothing."""
-    if not math.isfinite(value):
-        return str(value)
-    return f"{round(value, 2) + 0.0:.2f}" if abs(value) < 1e5 else f"{value:.2e}"  # + 0.0: no minus before a zero
 
 
 def _sections(filled: Filled) -> list[tuple[str, list[str]]]:
@@ -148,6 +144,17 @@ def _numbers(filled: Filled) -> dict[Path, int]:
     return {run: i for i, run in enumerate(runs, start=1)}
 
 
+def _names(filled: Filled) -> list[str]:
+    """Heads of the columns that tell the lines apart: model, row, and the flags that vary."""
+    return ["model", "row", *dict.fromkeys(flag for line in filled.lines for flag in line.entry.varied)]
+
+
+def _label(filled: Filled, line: Line) -> list[str]:
+    """A line's cells for `_names`."""
+    varied = line.entry.varied
+    return [line.model, line.entry.name, *(varied.get(flag, NOTHING) for flag in _names(filled)[2:])]
+
+
 def _heads(filled: Filled, columns: Sequence[str]) -> list[str]:
     if not filled.compares:
         return list(columns)
@@ -158,21 +165,25 @@ def _cells(filled: Filled, line: Line, columns: Sequence[str]) -> list[str]:
     """A line's figures as text, in the order of `_heads`."""
     cells = []
     for column in columns:
-        figure = line.figures.get(column, Figure(None, ()))
-        ours = NOTHING if not line.failures else _FAILED
-        if figure.mean is not None:
-            ours = number(figure.mean) + (f" ± {number(figure.deviation)}" if figure.deviation is not None else "")
+        figure = line.figures.get(column, Figure(()))
+        ours = _FAILED if line.failures and figure.mean is None else figure.text
         if not filled.compares:
             cells.append(ours)
             continue
         published = NOTHING if figure.published is None else f"{figure.published:g}"
-        difference = NOTHING
-        if figure.difference is not None:
-            difference = number(figure.difference)
-            difference = difference if difference.startswith("-") else f"+{difference}"
-        cells += [published, ours, difference]
+        cells += [published, ours, NOTHING if figure.difference is None else signed(figure.difference)]
     return cells
 
 
-def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
+def _best(filled: Filled, columns: Sequence[str], labels: int) -> set[tuple[int, int]]:
+    """Where the best figures of each model's pruned lines stand, as (line, column); ours and published ones apart."""
+    found: dict[tuple[str, int], list[tuple[float, int]]] = defaultdict(list)
+    for i, line in enumerate(filled.lines):
+        for j, column in enumerate(columns if line.entry.prunes else ()):
+            figure = line.figures.get(column, Figure(()))
+            sign = 1 if column in filled.perplexities else -1
+            values = [figure.published, figure.mean] if filled.compares else [figure.mean]
+            for k, value in enumerate(values):
+                if value is not None and math.isfinite(value):
+                    found[line.model, labels + (3 * j if filled.compares else j) + k].append((sign * value, i))
+    return {(i, column) for (_, column), values in found.items() for value, i in values if value == min(values)[0]}

@@ -6,10 +6,10 @@ each parameter. --log_wandb in `command` is for the agent; `log_wandb=true` amon
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,30 +18,53 @@ from typing import Any
 import yaml
 
 from sparsessm.errors import InputError
+from sparsessm.report import tables
+from sparsessm.report.tables import NOTHING, Figure, finite_or_infinite
+from sparsessm.report.wording import short_names, slug
 from sparsessm.runs.grid import Cell, finished, resolved_dataset, resolved_model
-from sparsessm.runs.paper_output import NOTHING, markdown_table, number
 
+_OTHERS = ("ssm", "layers", "seconds", "state")
 _RESOLVED = {"model_path": resolved_model, "dataset": resolved_dataset}
 
 
 @dataclass(frozen=True)
+class Point:
+    """The values of a point's parameters, and its runs, one a seed."""
+
+    values: dict[str, Any]
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """A grid of runs: its name, the parameters that take more than one value, and a cell and its values per point."""
+    """A grid of runs: its name, the parameters that take more than one value, and the points."""
 
     name: str
     varied: tuple[str, ...]
-    points: tuple[tuple[Cell, dict[str, Any]], ...]
+    points: tuple[Point, ...]
 
     @property
     def cells(self) -> list[Cell]:
-        return [cell for cell, _ in self.points]
+        return [cell for point in self.points for cell in point.cells]
 
 
-def load(file: Path, changes: Sequence[str] = ()) -> Sweep:
+@dataclass(frozen=True)
+class Result:
+    """What was measured at a point: perplexities by data set; shares, seconds; done, failed or to do; the run folders."""
+
+    point: Point
+    perplexities: dict[str, Figure]
+    others: dict[str, Figure]
+    state: str
+    runs: tuple[Path, ...]
+
+
+def load(file: Path, changes: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Sweep:
     """The points of a sweep file, the last parameter varying fastest.
 
     Args:
         changes: NAME=VALUE, instead of the file's parameter or as a further one; a value is YAML, and [a, b] is several.
+        seeds: repeat every run with each.
 
     Raises:
         InputError: the file is no grid that can be expanded, or main.py would refuse every point.
@@ -60,57 +83,113 @@ def load(file: Path, changes: Sequence[str] = ()) -> Sweep:
 
     fixed = [str(word) for word in config.get("command", []) if not str(word).startswith("${") and word != "--log_wandb"]
     varied = tuple(name for name, several in values.items() if len(several) > 1)
+    if seeds and "seed" in values:
+        raise InputError(f"{file}: seed is a parameter already: leave --seeds out")
+    shown = {name: short_names(map(str, several)) for name, several in values.items()}
     points = []
     for chosen in itertools.product(*values.values()):
         point = dict(zip(values, chosen, strict=True))
-        label = ", ".join(f"{name} {point[name]}" for name in varied) or file.stem
-        points.append((Cell(label, (*fixed, *(f"--{name}={value}" for name, value in point.items()))), point))
-    refusals = [cell.refusal for cell, _ in points]
+        label = ", ".join(f"{name} {shown[name][str(point[name])]}" for name in varied) or file.stem
+        argv = (*fixed, *(f"--{name}={value}" for name, value in point.items()))
+        cells = [Cell(f"{label}, seed {seed}", (*argv, f"--seed={seed}")) for seed in dict.fromkeys(seeds or ())]
+        points.append(Point(point, tuple(cells or [Cell(label, argv)])))
+    sweep = Sweep(str(config.get("name", file.stem)), varied, tuple(points))
+    refusals = [cell.refusal for cell in sweep.cells]
     if all(refusals):
         raise InputError(f"{file}: {refusals[0]}")
-    return Sweep(str(config.get("name", file.stem)), varied, tuple(points))
+    return sweep
 
 
-def results(sweep: Sweep, base_dir: Path, failures: Mapping[Cell, str]) -> tuple[list[str], list[list[Any]]]:
-    """Head and rows of the results: varied parameters, perplexities, pruned shares, seconds, state, run folder.
-
-    A figure that is not there is None.
-    """
+def results(sweep: Sweep, base_dir: Path, failures: Mapping[Cell, str]) -> list[Result]:
+    """What the run folders under base_dir hold of each point."""
     found = []
-    for cell, point in sweep.points:
-        folder = None if cell.refusal else finished(cell, base_dir)
-        metrics = json.loads((folder / "metrics.json").read_text()) if folder else None
-        found.append((cell, point, folder, metrics))
-    datasets = list(dict.fromkeys(name for *_, metrics in found if metrics for name in metrics["perplexity"]))
-    perplexities = [f"perplexity {Path(name).name}" for name in datasets]
-    head = [*sweep.varied, *perplexities, "ssm", "layers", "seconds", "state", "run"]
+    for point in sweep.points:
+        folders = [folder for cell in point.cells if not cell.refusal and (folder := finished(cell, base_dir))]
+        metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+        sets = dict.fromkeys(name for one in metrics for name in one["perplexity"])
+        perplexities = {}
+        for name in sets:
+            values = tuple(finite_or_infinite(one["perplexity"][name]) for one in metrics)
+            dense = [finite_or_infinite(one["dense_perplexity"][name]) for one in metrics if name in one["dense_perplexity"]]
+            perplexities[name] = Figure(values, dense=statistics.fmean(dense) if dense else None)
+        others = {kind: Figure(tuple(one["sparsity"][kind] for one in metrics)) for kind in ("ssm", "layers")}
+        others["seconds"] = Figure(tuple(round(sum(one["seconds"].values()), 3) for one in metrics))
+        failed = any(cell in failures for cell in point.cells)
+        state = "done" if len(folders) == len(point.cells) else "failed" if failed else "to do"
+        found.append(Result(point, perplexities, others, state, tuple(folders)))
+    return found
+
+
+def comma_separated(sweep: Sweep, found: Sequence[Result]) -> str:
+    """The results unrounded: for each data set the mean, the deviation over seeds, and the difference to the dense model."""
+    sets = _sets(found)
+    parts = {"": lambda one: one.mean}
+    if any(len(point.cells) > 1 for point in sweep.points):
+        parts[" standard_deviation"] = lambda one: one.deviation
+    if any(figure.dense is not None for one in found for figure in one.perplexities.values()):
+        parts[" difference_to_dense"] = lambda one: one.over_dense
+    head = [*sweep.varied, *(f"perplexity {short}{part}" for short in sets.values() for part in parts), *_OTHERS, "run"]
     rows = []
-    for cell, point, folder, metrics in found:
-        figures = [None] * (len(datasets) + 3)
-        if metrics:
-            figures = [metrics["perplexity"].get(name) for name in datasets]
-            shares, seconds = metrics["sparsity"], round(sum(metrics["seconds"].values()), 3)
-            figures += [shares["ssm"], shares["layers"], seconds]
-        state = "done" if folder else "failed" if cell in failures else "to do"
-        rows.append([*(point[name] for name in sweep.varied), *figures, state, folder and str(folder)])
-    return head, rows
+    for one in found:
+        figures = [part(one.perplexities.get(name, Figure(()))) for name in sets for part in parts.values()]
+        figures += [figure.mean for figure in one.others.values()]
+        values = [one.point.values[name] for name in sweep.varied]
+        rows.append([*values, *figures, one.state, ";".join(map(str, one.runs))])
+    return tables.comma_separated(head, rows)
 
 
-def markdown(sweep: Sweep, head: Sequence[str], rows: Sequence[Sequence[Any]], failures: Mapping[Cell, str]) -> str:
-    """The results as a page: figures rounded, failures with their reasons below."""
-    width = len(sweep.varied)
-    text = [[*map(str, row[:width]), *(_shown(value) for value in row[width:])] for row in rows]
-    parts = [f"# Sweep {sweep.name}", markdown_table(head, text)]
+def text(sweep: Sweep, found: Sequence[Result]) -> str:
+    """The results for a terminal."""
+    return tables.aligned(*_shown(sweep, found))
+
+
+def markdown(sweep: Sweep, found: Sequence[Result], base_dir: Path, failures: Mapping[Cell, str]) -> str:
+    """The results as a page: figures rounded, run folders below base_dir, failures with their reasons below."""
+    head, rows = _shown(sweep, found)
+    runs = ["; ".join(str(run.relative_to(base_dir)) for run in one.runs) or NOTHING for one in found]
+    lines = [[*row, run] for row, run in zip(rows, runs, strict=True)]
+    parts = [f"# Sweep {sweep.name}", tables.markdown_table([*head, "run"], lines), f"Run folders are under `{base_dir}`."]
     if failures:
         parts += ["## Failed", "\n".join(f"- {cell.label}: {reason}" for cell, reason in failures.items())]
     return "\n\n".join(parts) + "\n"
 
 
-def comma_separated(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """The results as they are, unrounded; an empty cell for a figure that is not there."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([head, *rows])
-    return out.getvalue()
+def latex(sweep: Sweep, found: Sequence[Result]) -> str:
+    """The results as a table for a paper: parameters and perplexities; the run folders are comments above the lines."""
+    sets, labels = _sets(found), max(1, len(sweep.varied))
+    best = set()
+    for j, name in enumerate(sets):
+        means = [one.perplexities.get(name, Figure(())).mean for one in found]
+        finite = [mean for mean in means if mean is not None and math.isfinite(mean)]
+        best |= {(i, labels + j) for i, mean in enumerate(means) if finite and mean == min(finite)}
+    head, rows = _shown(sweep, found)
+    caption = f"Perplexity over {' and '.join(sweep.varied) or 'one point'}; in bold the best."
+    if any(figure.over_dense is not None for one in found for figure in one.perplexities.values()):
+        caption += " In parentheses the difference to the dense model."
+    if any(len(point.cells) > 1 for point in sweep.points):
+        caption += " Mean ± standard deviation over seeds."
+    return tables.latex_table(
+        head[: labels + len(sets)], [row[: labels + len(sets)] for row in rows], caption=caption,
+        label=slug(f"sweep {sweep.name}"), labels=labels, best=best, comments=[list(map(str, one.runs)) for one in found],
+    )  # fmt: skip
+
+
+def _sets(found: Sequence[Result]) -> dict[str, str]:
+    """Data sets by name -> short name."""
+    return short_names(name for one in found for name in one.perplexities)
+
+
+def _shown(sweep: Sweep, found: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows as text; a sweep of one point has its name in front."""
+    sets = _sets(found)
+    short = {name: short_names(str(one.point.values[name]) for one in found) for name in sweep.varied}
+    rows = []
+    for one in found:
+        values = [short[name][str(one.point.values[name])] for name in sweep.varied] or [sweep.name]
+        figures = [one.perplexities.get(name, Figure(())).text for name in sets]
+        rows.append([*values, *figures, *(NOTHING if x.mean is None else tables.number(x.mean) for x in one.others.values()),
+                     one.state])  # fmt: skip
+    return [*(sweep.varied or ["sweep"]), *(f"perplexity {name}" for name in sets.values()), *_OTHERS], rows
 
 
 def _values(file: Path, name: str, said: Any) -> list[Any]:
@@ -142,9 +221,3 @@ def _change(text: str) -> tuple[str, list[Any]]:
 
 def _as_is(value: Any) -> Any:
     return value
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return NOTHING
-    return number(value) if isinstance(value, float) else str(value)

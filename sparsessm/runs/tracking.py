@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class Run:
         self._progress: Progress | None = None
         self._handlers: list[logging.Handler] = []
         self._wandb: Any = None
-        self._lock: files.Lock | None = None
+        self._lock: FileLock | None = None
         logger.setLevel(logging.INFO if is_main else logging.ERROR)
         if not is_main:
             return
@@ -83,8 +84,9 @@ class Run:
         return self.folder
 
     def _open(self, options: Mapping[str, Any], log_wandb: bool) -> None:
-        busy = f"{self.folder}: another process is working on this run: wait until it ends"
-        self._lock = files.Lock(self._mine / ".lock", busy)
+        self._lock = files.lock(self._mine / ".lock")
+        if self._lock is None:
+            raise StorageError(f"{self.folder}: another process is working on this run: wait until it ends")
         log = self._mine / "output.log"
         os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
         self._handlers = [_LogFile(log, encoding="utf-8"), LogBesideBar()]
@@ -189,7 +191,7 @@ class Run:
             with suppress(OSError):
                 handler.close()
         if self._lock is not None:
-            self._lock.release()
+            files.unlock(self._lock)
             self._lock = None
 
 

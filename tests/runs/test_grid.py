@@ -3,19 +3,27 @@
 import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
+import subprocess
 import sys
+import termios
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from sparsessm import files
 from sparsessm.errors import InputError
-from sparsessm.options import Options
+from sparsessm.options import PLACES, Options
 from sparsessm.runs import grid
 from sparsessm.runs.grid import Cell, environment, fill, finished, interrupted
 
+ROOT = Path(__file__).resolve().parents[2]
 DENSE = ("demo", "demo", "--seqlen", "64")
 PRUNED = (*DENSE, "--method", "sparsessm", "--prune_A", "--sparsity", "0.5")
 
@@ -51,6 +59,8 @@ if plan["do"] == "hang on":
         signal.signal(number, signal.SIG_IGN)
     (root / "deaf").touch()
     time.sleep(60)
+if plan["do"] == "linger":
+    time.sleep(0.5)
 if plan["do"] == "meet":
     while len((root / "calls").read_text().splitlines()) < 2:
         time.sleep(0.01)
@@ -67,7 +77,7 @@ class Stage:
         (folder / "main.py").write_text(STAND_IN)
 
     def cell(self, seed: int, do: str = "finish") -> Cell:
-        """A cell whose run does what the plan says: finish, fail, hang, hang on, meet, or refuse to resume."""
+        """A cell whose run does what the plan says: finish, linger, fail, hang, hang on, meet, or refuse to resume."""
         cell = Cell(f"seed {seed}", (*PRUNED, "--seed", str(seed)))
         self.plan[cell.name] = {"options": record(cell), "do": do}
         (self.folder / "plan.json").write_text(json.dumps(self.plan))
@@ -85,14 +95,15 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
-    monkeypatch.setattr(grid, "MAIN", tmp_path / "main.py")
+    monkeypatch.setattr(grid, "COMMAND", (sys.executable, str(tmp_path / "main.py")))
+    monkeypatch.setattr(grid, "_LOOK", 0.05)
     return Stage(tmp_path)
 
 
 def record(cell, **changes):
     """options.json of a cell's run."""
-    return {**cell.settings, "save": None, "experiment_name": cell.name, "base_dir": "elsewhere", "log_wandb": True,
-            "offload": "disk", "memory_budget": 1.5, "overwrite": False, **changes}  # fmt: skip
+    places = {name: f"another {name}" for name in PLACES}
+    return {**cell.settings, **places, "experiment_name": cell.name, **changes}
 
 
 def leave(base, cell, name, options, metrics=None):
@@ -228,7 +239,7 @@ def test_a_run_that_outlived_its_job_is_waited_for(stage):
     def end():
         while not finished(free, stage.base):  # the wait for one cell does not keep the others
             time.sleep(0.01)
-        time.sleep(5 * grid._POLL)  # it looks in vain some times
+        time.sleep(5 * grid._LOOK)  # it looks in vain some times
         leave(stage.base, held, "run-0", record(held), {})
         lock.close()
 
@@ -240,16 +251,24 @@ def test_a_run_that_outlived_its_job_is_waited_for(stage):
 
 
 def test_the_lock_is_handed_to_the_run(stage):
+    """A job is killed, its run lives on."""
     cell = stage.cell(0, "hang")
-    job = grid._Job([cell], stage.base, 1, [], None)
-    child = job._start(cell, job._lock(cell), dict(os.environ))
-    child.lock.close()  # the job is gone
+    script = f"""
+from pathlib import Path
+from sparsessm.runs import grid
+grid.COMMAND = ({sys.executable!r}, {str(stage.folder / "main.py")!r})
+grid.fill([grid.Cell("", {cell.argv!r})], Path({str(stage.base)!r}), devices=[])
+"""
+    job = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    while not stage.calls:
+        time.sleep(0.01)
+    job.kill()
+    job.wait()
     try:
-        assert job._lock(cell) is None
+        assert files.lock(stage.base / cell.name / ".lock") is None
     finally:
-        child.process.kill()
-        child.process.wait()
-    assert job._lock(cell) is not None
+        os.kill(stage.calls[0]["pid"], signal.SIGKILL)
+    assert files.lock(stage.base / cell.name / ".lock", wait=10) is not None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -321,11 +340,47 @@ def test_mistakes_are_input_errors(stage):
 
 
 def test_settings_are_all_options_but_the_places():
-    settings = Cell("", PRUNED).settings
-    places = {"save", "overwrite", "experiment_name", "base_dir", "log_wandb", "offload", "memory_budget"}
-    assert settings.keys() == set(Options.__dataclass_fields__) - places
+    assert Cell("", PRUNED).settings.keys() == set(Options.__dataclass_fields__) - set(PLACES)
 
 
-def test_the_bar_is_for_a_terminal(stage, capsys):
+def test_the_command_is_that_of_this_package_from_everywhere(tmp_path):
+    (tmp_path / "sparsessm").mkdir()
+    (tmp_path / "sparsessm" / "__main__.py").write_text("print('another program')")
+    variables = environment(0, 1, [], None)
+    ended = subprocess.run([*grid.COMMAND, "--help"], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert ended.stdout.startswith("usage: python -m sparsessm MODEL DATASET")
+
+
+def test_without_a_terminal_there_is_a_line_a_minute(stage, capsys, monkeypatch):
     fill([stage.cell(0)], stage.base)
-    assert sys.stderr.isatty() is False and capsys.readouterr().err == ""
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(grid, "_LINE", 0.0)
+    fill([stage.cell(0), stage.cell(1, "linger"), stage.cell(2, "fail")], stage.base)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("1 of 3 runs after 00:00, ? left: seed 1")
+    assert re.fullmatch(r"3 of 3 runs after 00:0\d, 00:00 left, 1 failed: ", lines[-1])
+
+
+def test_on_a_terminal_one_line_is_rewritten(stage):
+    cells = [stage.cell(seed, "linger").argv for seed in range(3)]
+    script = f"""
+from pathlib import Path
+from sparsessm.runs import grid
+grid.COMMAND, grid._LOOK = ({sys.executable!r}, {str(stage.folder / "main.py")!r}), 0.05
+cells = [grid.Cell(f"a run with a long name {{'x' * 80}}", argv) for argv in {cells!r}]
+grid.fill(cells, Path({str(stage.base)!r}), devices=[])
+print("after")
+"""
+    shown, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    job = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=other, stderr=other)
+    os.close(other)
+    said = b""
+    with suppress(OSError):  # the end of a terminal
+        while piece := os.read(shown, 4096):
+            said += piece
+    assert job.wait() == 0
+    bar, after, nothing = said.decode().replace("\r\n", "\n").split("\n")
+    assert (after, nothing) == ("after", "") and all(len(one) <= 80 for one in bar.split("\r"))
+    assert any(re.match(r"1 of 3 runs \|██████▋ .*\| 00:0\d, 00:0\d left  a run with a", one) for one in bar.split("\r"))
+    assert bar.split("\r")[-1].startswith("3 of 3 runs |████████████████████|")

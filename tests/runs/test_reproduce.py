@@ -19,6 +19,7 @@ from sparsessm.errors import InputError
 from sparsessm.options import PLACES
 from sparsessm.runs import paper, paper_output
 from sparsessm.runs.paper import Changes, entries
+from tests.latex import rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = json.loads((ROOT / "sparsessm" / "metrics" / "paper_tables.json").read_text())["tables"]
@@ -134,7 +135,7 @@ def test_changes_reach_the_runs(text_folder, tmp_path):
 
 
 def test_seeds_repeat_the_runs_that_prune():
-    lines = {line.row: line.cells for line in entries(paper.load("ssm_50"), Changes(models=["demo"], seeds=[0, 1, 2]))}
+    lines = {line.row: line.cells for line in entries(paper.load("ssm_50"), Changes(models=["demo"], seeds=[0, 1, 2, 0]))}
     assert [cell.options.seed for cell in lines["sparsessm"]] == [0, 1, 2] and len(lines["dense"]) == 1
     assert len({cell.name for cell in lines["sparsessm"]}) == 3
 
@@ -184,7 +185,7 @@ def test_markdown_shows_published_ours_and_difference(measured, tmp_path):
     assert dense == "| mamba-130m | dense | 20.6 | 20.61 | +0.01 | 32.75 | 32.50 | -0.25 | 25.66 | inf | +inf | [1] |"
     assert magnitude == "| mamba-130m | magnitude | 740.3 | – | – | 1109 | – | – | 273 | – | – | – |"
     assert sparsegpt == "| mamba-130m | sparsegpt | 2.4e+07 | failed | – | 6.1e+06 | failed | – | 390000 | failed | – | – |"
-    assert sparsessm.startswith("| mamba-130m | sparsessm | 27.7 | 28.33 ± 1.53 | +0.63 | 47.81 | 50.00 ± 0.00 | +2.19 |")
+    assert sparsessm.startswith("| mamba-130m | sparsessm | 27.7 | 28.33 ± 1.53 (+7.72) | +0.63 | 47.81 | 50.00 ± 0.00 (+")
     assert sparsessm.endswith("| [2] [3] [4] |")
     head, _, dense, magnitude, *_ = (line for line in lines[accuracies:] if line.startswith("|"))
     assert head.startswith("| model | row | openbookqa published | openbookqa ours | difference | piqa published |")
@@ -216,15 +217,39 @@ def test_csv_has_every_figure_unrounded(measured):
 def test_latex_shows_the_same(measured):
     filled, base = measured
     text = paper_output.latex(filled)
-    assert r"\begin{tabular}{llrrrrrrrrr}" in text
-    assert r" &  & \multicolumn{3}{c}{wikitext2} & \multicolumn{3}{c}{ptb} & \multicolumn{3}{c}{c4} \\" in text
-    assert r"mamba-130m & sparsessm & 27.7 & 28.33 $\pm$ 1.53 & +0.63 & 47.81 &" in text
-    assert r"\multicolumn{3}{c}{arc\_easy}" in text
-    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
-    widths = [len(re.split(r"(?<!\\)&", line)) for line in text.splitlines() if "dense &" in line]
-    assert widths == [2 + 3 * 3, 2 + 6 * 3]
+    rows = rows_of(text)
+    assert rows[0] == ["", "", *(rf"\multicolumn{{3}}{{c}}{{{name}}}" for name in ("wikitext2", "ptb", "c4"))]
+    assert r"\cmidrule(lr){3-5} \cmidrule(lr){6-8} \cmidrule(lr){9-11}" in text.splitlines()
+    assert rows[1] == ["model", "row", *("published", "ours", "difference") * 3]
+    figures = {row[1]: row[2:] for row in rows[2:6]}
+    assert figures["dense"][:6] == ["20.6", "20.61", "+0.01", "32.75", "32.50", "$-$0.25"]
+    assert figures["sparsessm"][:3] == [r"\textbf{27.7}", r"\textbf{28.33 $\pm$ 1.53 (+7.72)}", "+0.63"]
+    assert figures["magnitude"][:3] == ["740.3", "--", "--"]
+    assert r"\multicolumn{3}{c}{arc\_easy}" in rows[6] and len(rows) == 12
+    labels = re.findall(r"\\label\{(.*)\}", text)
+    assert labels == ["tab:ssm-50-perplexity", "tab:ssm-50-zero-shot-accuracy"]
+    assert r"\caption{50 \% of A\_log pruned, unstructured. Perplexity; in bold the best of the pruned models." in text
     run = next(base.glob("mamba-130m-hf-dense-*/*"))
     assert text.splitlines()[text.splitlines().index(f"% {run}") + 1].startswith("mamba-130m & dense & 20.6 & 20.61 &")
+
+
+def test_what_varies_has_its_own_columns_and_two_folders_of_one_name_their_parents(tmp_path):
+    models = [tmp_path / one / "mamba" for one in "ab"]
+    for folder in models:
+        folder.mkdir(parents=True)
+    lines = entries(paper.load("sparsity"), Changes(models=list(map(str, models)), only=["dense", "sparsessm"]))
+    assert lines[1].cells[0].label == "a/mamba, sparsessm, sparsity 0.1"
+    for line, value in zip(lines, (20.0, 19.5, None), strict=False):
+        leave_run(tmp_path, line.cells[0], {"wikitext2": value})
+    filled = paper.fill_in(paper.load("sparsity"), lines, tmp_path, {})
+    shown = paper_output.text(filled).splitlines()
+    assert shown[1].split() == ["model", "row", "sparsity", "wikitext2"]
+    assert shown[3].split()[:4] == ["a/mamba", "dense", "–", "20.00"]
+    assert shown[4].split() == ["a/mamba", "sparsessm", "0.1", "19.50", "(-0.50)"]
+    assert shown[5].split() == ["a/mamba", "sparsessm", "0.2", "inf", "(+inf)"]
+    rows = rows_of(paper_output.latex(filled))
+    assert rows[2] == ["a/mamba", "sparsessm", "0.1", r"\textbf{19.50 ($-$0.50)}"]
+    assert paper_output.latex(filled).count(r"\midrule") == 2  # below the head, and between the models
 
 
 def test_json_leads_from_figures_to_runs(measured):
@@ -260,7 +285,7 @@ def test_data_sets_of_one_name_keep_their_columns_apart(tmp_path):
     lines = entries(paper.load("ssm_50"), changes)
     leave_run(tmp_path, lines[0].cells[0], {str(folder): i for i, folder in enumerate(folders)})
     filled = paper.fill_in(paper.load("ssm_50"), lines, tmp_path, {})
-    assert filled.perplexities == [str(folder) for folder in folders]
+    assert filled.perplexities == ["a/news", "b/news"]
     assert [filled.lines[0].figures[column].mean for column in filled.perplexities] == [0, 1]
 
 

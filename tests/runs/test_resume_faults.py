@@ -211,9 +211,9 @@ def test_from_another_folder_places_mean_the_same(
 
 def test_a_run_that_another_process_resumes_is_refused(interrupted, resume):
     folder = interrupted()
-    lock = files.Lock(folder / ".lock", "")
+    lock = files.lock(folder / ".lock")
     assert "another process is working on this run" in resume(folder)
-    lock.release()
+    files.unlock(lock)
 
 
 def test_a_journal_that_is_a_link_is_refused(interrupted, resume, tmp_path):

@@ -16,6 +16,7 @@ from scripts import sweep_local
 from sparsessm import commandline
 from sparsessm.errors import InputError
 from sparsessm.runs import sweeps
+from tests.latex import rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "scripts" / "sweeps").glob("*.yaml"))
@@ -28,13 +29,13 @@ def sweep_file(folder, text):
     return file
 
 
-def leave_run(base, cell, dataset, perplexity):
+def leave_run(base, cell, dataset, perplexity, dense=None):
     """What a finished run of a cell leaves, as far as the results read it."""
     run = base / cell.name / "20260101-000000"
     run.mkdir(parents=True)
     (run / "options.json").write_text(json.dumps(cell.settings))
-    metrics = {"perplexity": {dataset: perplexity}, "sparsity": {"ssm": 0.5, "layers": 0.0},
-               "seconds": {"load": 1.25, "prune": 2.5, "eval": 0.25}}  # fmt: skip
+    metrics = {"perplexity": {dataset: perplexity}, "dense_perplexity": {dataset: dense} if dense else {},
+               "sparsity": {"ssm": 0.5, "layers": 0.0}, "seconds": {"load": 1.25, "prune": 2.5, "eval": 0.25}}  # fmt: skip
     (run / "metrics.json").write_text(json.dumps(metrics))
     return run
 
@@ -57,8 +58,9 @@ def test_wandbs_agent_and_the_local_runner_start_the_same_runs(file):
     """The agent's own functions write the words of each point; main.py must read the same from them as from ours."""
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     config, sweep = yaml.safe_load(file.read_text()), sweeps.load(file)
-    for cell, point in sweep.points:
-        words = utils.create_sweep_command_args({"args": {name: {"value": value} for name, value in point.items()}})
+    for point in sweep.points:
+        (cell,) = point.cells
+        words = utils.create_sweep_command_args({"args": {name: {"value": value} for name, value in point.values.items()}})
         words |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [config["program"]]}
         command = []
         for chunk in utils.create_sweep_command(copy.copy(config["command"])):
@@ -79,9 +81,9 @@ def test_sweeps_expand_to_their_points(name, count, varied, first, last):
     sweep = sweeps.load(ROOT / "scripts" / "sweeps" / f"{name}.yaml")
     assert (sweep.varied, len(sweep.points), len({cell.name for cell in sweep.cells})) == (varied, count, count)
     for index, values in ((0, first), (-1, last)):
-        cell, point = sweep.points[index]
-        assert tuple(point[key] for key in varied) == values
-        assert tuple(getattr(cell.options, key) for key in varied) == values
+        point = sweep.points[index]
+        assert tuple(point.values[key] for key in varied) == values
+        assert tuple(getattr(point.cells[0].options, key) for key in varied) == values
     chosen = sweep.cells[1].options
     assert (chosen.model, chosen.dataset, chosen.nsamples) == ("state-spaces/mamba-130m-hf", "wikitext2", 64)
     assert (chosen.prune_A, chosen.prune_layers) == ((False, True) if name == "alpha" else (True, False))
@@ -134,24 +136,66 @@ def test_results_have_a_row_for_each_point(tmp_path):
     sweep = sweeps.load(file, ["model_path=demo", "dataset=demo", "aggregate=[vote, sum]"])
     done = leave_run(tmp_path, sweep.cells[0], "demo", 123.456)
     failures = {sweep.cells[1]: "error: no memory (exit code 1; log)"}
-    head, rows = sweeps.results(sweep, tmp_path, failures)
-    assert head == ["saliency", "aggregate", "perplexity demo", "ssm", "layers", "seconds", "state", "run"]
-    lines = list(csv.reader(sweeps.comma_separated(head, rows).splitlines()))[1:]
-    assert lines[0] == ["a_log", "vote", "123.456", "0.5", "0.0", "4.0", "done", str(done)]
-    assert lines[1] == ["a_log", "sum", "", "", "", "", "failed", ""]
-    assert [line[6] for line in lines] == ["done", "failed", "to do", "to do"]
-    page = sweeps.markdown(sweep, head, rows, failures)
-    assert f"| a_log | vote | 123.46 | 0.50 | 0.00 | 4.00 | done | {done} |" in page
+    found = sweeps.results(sweep, tmp_path, failures)
+    lines = list(csv.reader(sweeps.comma_separated(sweep, found).splitlines()))
+    assert lines[0] == ["saliency", "aggregate", "perplexity demo", "ssm", "layers", "seconds", "state", "run"]
+    assert lines[1] == ["a_log", "vote", "123.456", "0.5", "0.0", "4.0", "done", str(done)]
+    assert lines[2] == ["a_log", "sum", "", "", "", "", "failed", ""]
+    assert [line[6] for line in lines[1:]] == ["done", "failed", "to do", "to do"]
+    page = sweeps.markdown(sweep, found, tmp_path, failures)
+    assert f"| a_log | vote | 123.46 | 0.50 | 0.00 | 4.00 | done | {done.relative_to(tmp_path)} |" in page
     assert "| transition | sum | – | – | – | – | to do | – |" in page
     assert "- saliency a_log, aggregate sum: error: no memory (exit code 1; log)" in page
+    assert "a_log       sum        –                –     –       –        failed" in sweeps.text(sweep, found).splitlines()
+
+
+def test_seeds_repeat_every_run_and_make_mean_and_deviation(tmp_path):
+    file = ROOT / "scripts" / "sweeps" / "aggregation.yaml"
+    sweep = sweeps.load(file, ["model_path=demo", "dataset=demo", "aggregate=[vote, sum]"], [3, 4, 5, 3])
+    assert (len(sweep.points), len(sweep.cells)) == (4, 12)
+    assert [cell.options.seed for cell in sweep.points[1].cells] == [3, 4, 5]
+    assert sweep.cells[2].label == "saliency a_log, aggregate vote, seed 5"
+    runs = [leave_run(tmp_path, cell, "demo", value, dense=25.5)
+            for cell, value in zip(sweep.cells, (27.0, 28.0, 30.0, None), strict=False)]  # fmt: skip
+    found = sweeps.results(sweep, tmp_path, {})
+    assert [one.state for one in found] == ["done", "to do", "to do", "to do"]
+    rows = list(csv.DictReader(sweeps.comma_separated(sweep, found).splitlines()))
+    assert float(rows[0]["perplexity demo"]) == pytest.approx(85 / 3)
+    assert float(rows[0]["perplexity demo standard_deviation"]) == pytest.approx((7 / 3) ** 0.5)
+    assert float(rows[0]["perplexity demo difference_to_dense"]) == pytest.approx(85 / 3 - 25.5)
+    assert rows[0]["run"] == ";".join(map(str, runs[:3]))
+    assert (rows[1]["perplexity demo"], rows[1]["perplexity demo standard_deviation"]) == ("inf", "")
+    tex = sweeps.latex(sweep, found)
+    assert rows_of(tex)[0] == ["saliency", "aggregate", "perplexity demo"]
+    assert r"a\_log & vote & \textbf{28.33 $\pm$ 1.53 (+2.83)} \\" in tex and r"a\_log & sum & inf (+inf) \\" in tex
+    assert r"\label{tab:sweep-aggregation}" in tex and tex.count(r"\midrule") == 2  # below the head, and between saliencies
+    with pytest.raises(InputError, match="seed is a parameter already"):
+        sweeps.load(file, ["seed=[0, 1]"], [0, 1])
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    texts = [tmp_path / one / "news" for one in "ab"]
+    for folder in texts:
+        folder.mkdir(parents=True)
+    file = ROOT / "scripts" / "sweeps" / "aggregation.yaml"
+    changes = ["model_path=demo", f"dataset=[{texts[0]}, {texts[1]}]", "saliency=a_log", "aggregate=vote"]
+    sweep = sweeps.load(file, changes)
+    assert [cell.label for cell in sweep.cells] == ["dataset a/news", "dataset b/news"]
+    for cell, folder in zip(sweep.cells, texts, strict=True):
+        leave_run(tmp_path, cell, str(folder), 2.0)
+    lines = sweeps.text(sweep, sweeps.results(sweep, tmp_path, {})).splitlines()
+    assert lines[0].startswith("dataset  perplexity a/news  perplexity b/news  ssm")
+    assert [line.split()[:3] for line in lines[2:]] == [["a/news", "2.00", "–"], ["b/news", "–", "2.00"]]
 
 
 def test_the_command_counts_and_names_mistakes(capsys, tmp_path):
     file = str(ROOT / "scripts" / "sweeps" / "aggregation.yaml")
     assert sweep_local.main([file, "--count", "--set", "aggregate=[vote, sum]", "--set", "seqlen=64"]) == 0
     assert capsys.readouterr().out == "4\n"
+    assert sweep_local.main([file, "--count", "--seeds", "0", "1", "2"]) == 0
+    assert capsys.readouterr().out == "36\n"
     assert sweep_local.main([file, "--index", "12", "--base_dir", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "error: --index 12 is not a point of aggregation: it has 0 to 11\n"
+    assert capsys.readouterr().err == "error: --index 12 is not a run of aggregation: it has 0 to 11\n"
     assert sweep_local.main([str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none.yaml'} cannot be read as a sweep")
     assert sweep_local.main([file, "--workers", "two"]) == 2
@@ -161,9 +205,9 @@ def test_a_job_of_the_array_runs_its_point():
     """`echo` takes the place of Python."""
     script = ROOT / "scripts" / "slurm_array.sh"
     environment = os.environ | {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "7", "PYTHON": "echo"}
-    words = ["bash", str(script), "FILE", "--set", "seqlen=64"]
+    words = ["bash", str(script), "FILE", "--set", "seqlen=64", "--seeds", "0", "1"]
     ended = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert ended.stdout == "scripts/sweep_local.py FILE --set seqlen=64 --index 7\n"
+    assert ended.stdout == "scripts/sweep_local.py FILE --set seqlen=64 --seeds 0 1 --index 7\n"
     directives = [line for line in script.read_text().splitlines()[1:] if line.startswith("#SBATCH ")]
     assert script.read_text().splitlines()[1].startswith("#SBATCH") and len(directives) == 4
 
@@ -184,7 +228,7 @@ def test_a_sweep_runs_in_parallel_and_its_points_are_there_for_the_array(tmp_pat
     assert json.loads((alone.parent / "options.json").read_text())["saliency"] == "transition"
     assert not (tmp_path / "out").exists()
     ended = call("--workers", "2")
-    assert ended.returncode == 0 and ended.stderr == ""
+    assert ended.returncode == 0 and "failed" not in ended.stderr
     runs = {path: path.stat().st_mtime_ns for path in base.glob("*/*/metrics.json")}
     assert len(runs) == 2 and alone in runs
     with (tmp_path / "out" / "aggregation.csv").open() as stream:
