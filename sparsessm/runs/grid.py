@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from sparsessm import options
 from sparsessm.commandline import parse
-from sparsessm.corpora.names import DATASETS
+from sparsessm.corpora.names import DATASETS, with_full_path
 from sparsessm.errors import InputError
 from sparsessm.options import Options
 
@@ -122,7 +122,7 @@ def resolved_model(name: str) -> str:
 
 
 def resolved_dataset(name: str) -> str:
-    return resolved(name, reserved=(*DATASETS, "none"))
+    return with_full_path(name, reserved=(*DATASETS, "none"))
 
 
 def finished(cell: Cell, base_dir: Path) -> Path | None:
