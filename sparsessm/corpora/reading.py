@@ -4,6 +4,7 @@ Of tables without a rule of their own and of the hub, rows are streamed: no more
 read, which is all of WikiText-2 and takes little of a data set of any size.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ def check(source: Source) -> None:
     Raises:
         InputError: it cannot be read, is empty, or has no column of text, or several and none was chosen.
     """
+    if all(path.is_file() and not path.stat().st_size for path in source.paths) and source.paths:
+        raise InputError(f"{_origin(source)} is empty: give a file with text")
     if source.route == "txt":
-        if not any(path.stat().st_size for path in source.paths):
-            raise InputError(f"{_origin(source)} is empty: give a file with text")
         _read_lines(source.paths[0], strip=False, most=1)
     elif source.dataset in ("file", "folder"):
         next(_rows_of_table(source, peek=True))
@@ -76,13 +77,18 @@ def _origin(source: Source) -> str:
 
 @contextmanager
 def _named(what: str, remedy: str) -> Iterator[None]:
-    """Makes one line of whatever `datasets`, pyarrow, the decompressors and the HTTP client raise."""
+    """Makes one line of whatever `datasets`, pyarrow, the decompressors and the HTTP client raise; none of them logs."""
+    log = logging.getLogger("datasets")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{what} ({first_line(error.__cause__ or error)}): {remedy}") from error
+    finally:
+        log.setLevel(level)
 
 
 def _read_lines(path: Path, strip: bool, most: int | None = None) -> list[str]:
@@ -133,7 +139,7 @@ def _rows_of_table(source: Source, peek: bool = False) -> Iterator[Any]:
         column = _chosen_column(first, source, origin)
         yield column
         for row in (*first, *(() if peek else rows)):
-            if not isinstance(text := row[column], str | None):
+            if not isinstance(text := row.get(column), str | None):
                 raise InputError(f"{origin}: the column {column} holds {type(text).__name__}, not text: give another")
             yield text
 

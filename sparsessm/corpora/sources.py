@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -217,14 +218,18 @@ def _splits_on_hub(name: str, config: str) -> tuple[str, ...]:
     if looks_local or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise InputError(f"unknown data set {name or '(empty)'}: there is no such file or folder; {unknown}")
     import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
+        with suppress(OfflineModeIsEnabled):
+            HfApi().dataset_info(name)  # fails at once, where datasets would try for half a minute
         configs = datasets.get_dataset_config_names(name)
         default = config or datasets.get_dataset_default_config_name(name)
         if default in configs:
             return tuple(datasets.get_dataset_split_names(name, default))
     except Exception as error:  # datasets and the HTTP client share no base class
-        raise InputError(f"unknown data set {name} ({first_line(error)}): {unknown}") from error
+        raise InputError(f"no data set {name} was found, here or on the hub ({first_line(error)}): {unknown}") from error
     reason = f"not {config}" if config else "and no default"
     raise InputError(f"{name} has the configurations {_listed(configs)}, {reason}: choose one, as {name}:{configs[0]}")
 
