@@ -62,7 +62,8 @@ def calibration(
     """Calibration windows (nsamples,seqlen) int64, drawn as the command line draws them (SparseSSM, section 4.1).
 
     Args:
-        dataset: wikitext2, ptb, c4, demo, or a folder with train.txt or valid.txt. data_dir: with local copies.
+        dataset: wikitext2, ptb, c4, demo, NAME[:CONFIG[:SPLIT[:COLUMN]]] of the hub, or a file or folder (data/README.md).
+        data_dir: with local copies of the first three.
 
     Raises:
         sparsessm.errors.InputError: the text is not available, or is too short.

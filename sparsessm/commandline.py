@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsessm.corpora.names import DATASETS
+from sparsessm.corpora.names import DATASETS, with_full_path
 from sparsessm.errors import InputError, first_line
 from sparsessm.options import GROUPS, Options
 from sparsessm.pruning.methods import METHODS
@@ -165,18 +165,14 @@ def _frozen(values: dict[str, Any]) -> Options:
     for name in ("data_dir", "zero_shot_include", "save", "base_dir"):
         if values[name] is not None:
             values[name] = os.path.abspath(os.path.expanduser(values[name]))
-    values["model"] = _whole_place(values["model"], ("demo",))
-    values["dataset"] = _whole_place(values["dataset"], DATASETS)
+    model = os.path.expanduser(values["model"] or "")
+    if values["model"] != "demo" and os.path.isdir(model):
+        values["model"] = os.path.abspath(model)
+    if values["dataset"] is not None:
+        values["dataset"] = with_full_path(values["dataset"])
     if values["ppl_datasets"] is not None:
-        values["ppl_datasets"] = tuple(_whole_place(name, (*DATASETS, "none")) for name in values["ppl_datasets"])
+        values["ppl_datasets"] = tuple(with_full_path(name, (*DATASETS, "none")) for name in values["ppl_datasets"])
     return Options(**values)
-
-
-def _whole_place(name: str | None, reserved: Sequence[str]) -> str | None:
-    """The full path of a model or data set that is a folder here; any other name as it is."""
-    if name is None or name in reserved or not os.path.isdir(os.path.expanduser(name)):
-        return name
-    return os.path.abspath(os.path.expanduser(name))
 
 
 def _recorded(folder: Path) -> Options:

@@ -75,7 +75,10 @@ class Options:
     """What one run does. Made by `commandline.parse`; `check` has passed on every instance."""
 
     model: str = _option(None, "hub id, local folder (Hugging Face or state-spaces layout), or demo")
-    dataset: str = _option(None, "calibration and evaluation text: wikitext2, ptb, c4, demo, or a folder")
+    dataset: str = _option(
+        None,
+        "calibration and evaluation text: wikitext2, ptb, c4, demo; NAME:CONFIG:SPLIT:COLUMN of the hub; a file or folder",
+    )
     method: str | None = _option(
         None, "how to prune, see below; without a method the model is evaluated as it is", choices=METHODS, metavar="METHOD"
     )
@@ -153,7 +156,7 @@ class Options:
 
     data_dir: str | None = _option(None, "folder with local copies of wikitext2, ptb, c4", metavar="DIR")
     ppl_datasets: tuple[str, ...] | None = _option(
-        None, "texts to evaluate the perplexity on (default: DATASET; none: nothing)", nargs="+"
+        None, "texts to evaluate the perplexity on, named as DATASET is (default: DATASET; none: nothing)", nargs="+"
     )
     eval_windows: int | None = _option(None, "evaluate the first windows only", type=int)
     eval_zero_shot: bool = _flag("measure the zero-shot accuracy by lm-evaluation-harness (requirements-zero-shot.txt)")

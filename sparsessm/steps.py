@@ -57,6 +57,7 @@ class Steps:
         self.seconds = {"load": 0.0, "prune": 0.0, "eval": 0.0}
         self.result = Result()
         self.hashes: dict[str, str] = {}
+        self.texts: dict[str, str] = {}
         self.notes: dict[str, str] = {}
         self.place: Place | None = None
 
@@ -164,6 +165,7 @@ class Steps:
             stream = text.evaluation_stream(name, self.tokenizer, chosen.seqlen, chosen.data_dir)
             self.windows[name] = text.cut_windows(stream.ids, chosen.seqlen, chosen.eval_windows)
             self.hashes[f"evaluation {name}"] = stream.sha256
+            self.texts[f"evaluation {name}"] = stream.text_sha256
             count = len(self.windows[name])
             logger.info("evaluation: %s; %d windows of %d tokens", stream.source, count, chosen.seqlen)
         for name, task in self.tasks.items():
@@ -174,8 +176,12 @@ class Steps:
                 chosen.dataset, self.tokenizer, chosen.nsamples, chosen.seqlen, chosen.seed, chosen.data_dir
             )
             self.hashes[f"calibration {chosen.dataset}"] = self.calibration.sha256
+            same = [name for name, sha256 in self.texts.items() if sha256 == self.calibration.text_sha256]
+            self.texts[f"calibration {chosen.dataset}"] = self.calibration.text_sha256
             source = self.calibration.source
             logger.info("calibration: %s; %d windows of %d tokens", source, chosen.nsamples, chosen.seqlen)
+            if same:
+                logger.warning("warning: calibrated on the text of %s: its perplexity says nothing of other text", same[0])
         rows = self.source.config.vocab_size
         for ids in (*self.windows.values(), *([self.calibration.ids] if chosen.method else [])):
             if int(ids.max()) >= rows:
@@ -257,7 +263,8 @@ class Steps:
         metrics: dict[str, Any] = {
             "perplexity": {}, "dense_perplexity": {}, "zero_shot": {},
             "sparsity": self.result.sparsity, "seconds": {}, "peak_memory_bytes": {}, "versions": versions(),
-            "data_sha256": self.hashes, "model_sha256": self.model_hashes, "counts": self.result.counts,
+            "data_sha256": self.hashes, "text_sha256": self.texts, "model_sha256": self.model_hashes,
+            "counts": self.result.counts,
         }  # fmt: skip
         if self.result.removed_layers:
             metrics["removed_layers"] = self.result.removed_layers
@@ -268,7 +275,7 @@ class Steps:
         chosen = self.chosen
         if self.place is None:
             return None
-        kept = ("versions", "sparsity", "perplexity", "perplexity_notes", "data_sha256", "removed_layers")
+        kept = ("versions", "sparsity", "perplexity", "perplexity_notes", "data_sha256", "text_sha256", "removed_layers")
         record = {key: metrics[key] for key in kept if key in metrics}
         record |= {"options": chosen.settings, **self.result.past}
         saving.write_model(

@@ -41,7 +41,8 @@ def test_a_run_leaves_its_folder_and_prints_its_row(run_main):
     assert metrics["perplexity"]["demo"] > metrics["dense_perplexity"]["demo"]
     assert metrics["sparsity"]["ssm"] == 0.5 and metrics["sparsity"]["layers"] == 0
     assert set(metrics["seconds"]) == {"load", "prune", "eval"} and metrics["peak_memory_bytes"]["process"] > 1 << 27
-    assert set(metrics["data_sha256"]) == {"calibration demo", "evaluation demo"} and metrics["versions"]["torch"]
+    assert set(metrics["data_sha256"]) == set(metrics["text_sha256"]) == {"calibration demo", "evaluation demo"}
+    assert metrics["versions"]["torch"]
     assert json.loads((outcome.folder / "options.json").read_text())["nsamples"] == 8
     counts = json.loads((outcome.folder / "sparsity.json").read_text())
     assert counts["backbone.layers.5.mixer.A_log"] == {"pruned": 384 * 16 // 2, "total": 384 * 16} and len(counts) == 6

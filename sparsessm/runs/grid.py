@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from sparsessm import files, options
 from sparsessm.commandline import parse
-from sparsessm.corpora.names import DATASETS
+from sparsessm.corpora.names import DATASETS, with_full_path
 from sparsessm.errors import UNUSABLE, InputError, Interrupted, ending_by_signals
 from sparsessm.options import Options
 
@@ -124,7 +124,7 @@ def resolved_model(name: str) -> str:
 
 
 def resolved_dataset(name: str) -> str:
-    return resolved(name, reserved=(*DATASETS, "none"))
+    return with_full_path(name, reserved=(*DATASETS, "none"))
 
 
 def finished(cell: Cell, base_dir: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""text.py and demo_text.py: joins, window starts, local layouts and complaints, each against values worked out by hand.
+"""text.py: joins, window starts, local layouts and complaints, each against values worked out by hand.
 
 The tokenizer of the demo checkpoint is byte-level and adds no special tokens, so decoding ids gives the text back to
 the byte: what was joined can be read off the stream.
@@ -9,7 +9,6 @@ import hashlib
 import json
 import random
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from sparsessm.corpora import demo_text
+from sparsessm.corpora import sources
 from sparsessm.corpora.text import (
     calibration_windows,
     check_dataset,
@@ -223,17 +222,15 @@ def test_a_text_too_short_is_named_with_its_length(tmp_path, tokenizer):
 
 def test_what_check_dataset_refuses(tmp_path):
     check_dataset("demo", calibration=True)
-    with pytest.raises(InputError, match="unknown data set wikitext: give one of wikitext2, ptb, c4, demo"):
-        check_dataset("wikitext", calibration=True)
     with pytest.raises(InputError, match="no such folder"):
         check_dataset("wikitext2", tmp_path / "absent", calibration=False)
     with pytest.raises(InputError, match=r"put train.txt or valid.txt there"):
         check_dataset(str(tmp_path), calibration=True)
-    (tmp_path / "valid.txt").write_text(LINES)
+    (tmp_path / "train.txt").write_text(LINES)
     check_dataset(str(tmp_path), calibration=True)
-    with pytest.raises(InputError, match=r"put test.txt there"):
+    with pytest.raises(InputError, match=r"put test.txt there, or name its split, as .*::train"):
         check_dataset(str(tmp_path), calibration=False)
-    with pytest.raises(InputError, match=r"no validation split of c4 .*parquet, json, jsonl or json.gz files"):
+    with pytest.raises(InputError, match=r"no validation split of c4 .*parquet, json, jsonl, json.gz or csv files"):
         check_dataset("c4", tmp_path, calibration=False)
     (tmp_path / "latest.json").write_text("{}")  # "test" must be a word of the name
     with pytest.raises(InputError, match=r"no test split of ptb .*looked for test.txt"):
@@ -248,7 +245,7 @@ def test_datasets_is_named_only_where_it_is_needed(tmp_path, tokenizer, monkeypa
     assert tokenizer.decode(evaluation_stream("wikitext2", tokenizer, 4, tmp_path).ids) == EVALUATION
 
 
-def test_the_hub(tokenizer, monkeypatch):
+def test_the_hub(tokenizer, monkeypatch, private_cache):
     """What is asked of the hub, PTB's second way, and what is said when neither works."""
     datasets = pytest.importorskip("datasets")
     asked = []
@@ -277,10 +274,10 @@ def test_the_hub(tokenizer, monkeypatch):
         "--data_dir reads a local copy instead"
     )
     for calibration, name in ((True, "train.00000-of-01024"), (False, "validation.00000-of-00008")):
-        with pytest.raises(InputError, match="cannot load c4"):
+        with pytest.raises(InputError, match=r"cannot load c4 from the hub \(Dataset scripts are no longer supported\)"):
             calibration_windows("c4", tokenizer, 1, 4, 0) if calibration else evaluation_stream("c4", tokenizer, 4)
         file = f"hf://datasets/allenai/c4/en/c4-{name}.json.gz"
-        assert asked[-1] == (("json",), {"data_files": {"train": file}, "split": "train"})
+        assert asked[-1] == (("json",), {"data_files": {"train": file}, "split": "train", "streaming": True})
 
 
 def test_a_broken_table(tmp_path, tokenizer, private_cache):
@@ -296,85 +293,30 @@ def test_text_that_is_not_utf8(tmp_path, tokenizer):
         evaluation_stream(str(tmp_path), tokenizer, 4)
 
 
-def test_demo_halves_share_no_module():
-    modules = [name for name, _ in demo_text._modules()]
-    assert modules == sorted(set(modules)) and len(modules) > 100
-    assert {"textwrap", "json.decoder", "email"} <= set(modules)
-    assert not any(part in ("test", "tests", "idlelib") for name in modules for part in name.split("."))
-    evaluation = set(filter(demo_text.belongs_to_evaluation, modules))
-    assert 0.3 < len(evaluation) / len(modules) < 0.7
-    # Fixed for good: sha256("textwrap") starts with 9b, sha256("logging") with 0a.
-    assert demo_text.belongs_to_evaluation("textwrap")
-    assert not demo_text.belongs_to_evaluation("logging")
-
-    import logging
-    import textwrap
-
-    half, other = demo_text.docstrings(evaluation=True), demo_text.docstrings(evaluation=False)
-    assert logging.__doc__.strip() in other
-    place = half.index(textwrap.__doc__.strip())
-    assert half[place + 1].startswith("Object for wrapping/filling text.")  # the class follows its module
-    assert textwrap.__doc__.strip() not in other
+# The text `demo` never changes: figures measured with it hold for every version of Python.
+DEMO = {
+    "train": "7788784f93a19d4a1a78abfe6f6aa841fff4e3e23ea89db46b6f0f85f490577f",
+    "test": "ce694e6ee3d170859622c76465caa5fc73597727882e054b2ec3f9b7cd654afe",
+}
 
 
-def test_demo_reads_in_source_order(tmp_path):
-    source = '''"Module."
-try:
-    def first():
-        """First.
-
-        Indented.
-        """
-        class Inner:
-            "Inner."
-except ImportError:
-    async def second(): "Second."
-if True:
-    pass
-else:
-    class Third:
-        def method(self): return (lambda: "no docstring") if self else None
-        def other(self): "Other."
-'''
-    path = tmp_path / "module.py"
-    path.write_text(source)
-    assert list(demo_text._docstrings_of(path)) == [
-        "Module.", "First.\n\nIndented.", "Inner.", "Second.", "Other."
-    ]  # fmt: skip
-    path.write_text("def broken(:")
-    assert list(demo_text._docstrings_of(path)) == []
-
-
-def test_demo_stream_is_large_enough_and_repeats(tokenizer):
+def test_demo_gives_the_same_tokens_for_good(tokenizer):
     stream = evaluation_stream("demo", tokenizer, 512)
     assert len(cut_windows(stream.ids, 512)) > 64
-    ids = tokenizer("\n\n".join(demo_text.docstrings(evaluation=False)))["input_ids"]
+    text = (REPOSITORY / "data" / "demo-text" / "train.txt").read_bytes().decode()
+    ids = tokenizer(text)["input_ids"]
     rng = random.Random(0)
     starts = [rng.randint(0, len(ids) - 512 - 1) for _ in range(3)]
     windows = calibration_windows("demo", tokenizer, 3, 512, seed=0)
     assert windows.ids.tolist() == [ids[start : start + 512] for start in starts]
-    assert windows.sha256 == sha256(ids) != stream.sha256
+    assert {"train": windows.sha256, "test": stream.sha256} == DEMO
+    assert windows.text_sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_demo_imports_nothing_and_is_the_same_in_every_process():
-    """Two processes with different hash seeds read the same text; the modules read are not imported."""
-    code = (
-        "import sys, hashlib; from sparsessm.corpora import demo_text; text = demo_text.docstrings(True);"
-        "assert not {'antigravity', 'this', 'asyncio', 'turtle', 'unittest'} & set(sys.modules);"
-        "print(hashlib.sha256('|'.join(text).encode()).hexdigest())"
-    )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(REPOSITORY)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(outputs) == 1
-    assert len(outputs.pop()) == 64 + 1  # the digest alone: `this` would have printed its poem
+def test_demo_without_its_files_says_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "DEMO_TEXT", tmp_path)
+    with pytest.raises(InputError, match="the text demo comes with a clone of the repository"):
+        check_dataset("demo", calibration=True)
 
 
 @pytest.mark.skipif(
