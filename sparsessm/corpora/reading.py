@@ -19,6 +19,10 @@ from sparsessm.errors import InputError, first_line
 MOST_CHARACTERS = 12_000_000
 # Rows that are looked at to tell which columns hold text.
 _PEEKED = 100
+# Of CSV, an empty cell alone is null: the words NA, null and None are text.
+_LOADER_OPTIONS: dict[str, dict[str, Any]] = {
+    "parquet": {}, "json": {}, "csv": {"keep_default_na": False, "na_values": [""]},
+}  # fmt: skip
 
 PTB_FILES = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/{split}/0000.parquet"
 
@@ -133,7 +137,8 @@ def _rows_of_table(source: Source, peek: bool = False) -> Iterator[Any]:
             table = datasets.load_dataset(name, config, split=source.split, streaming=True)
         else:
             # Files given without the names of their splits are all "train" to the loader, whatever they hold.
-            table = datasets.load_dataset(source.route, data_files=files, split="train", streaming=True)
+            options = _LOADER_OPTIONS[source.route]
+            table = datasets.load_dataset(source.route, data_files=files, split="train", streaming=True, **options)
         rows = iter(table)
         first = list(islice(rows, _PEEKED))
         column = _chosen_column(first, source, origin)
@@ -170,7 +175,7 @@ def _load_table(source: Source) -> Any:
     with _named(f"cannot read {_origin(source)}", "is the file whole?"):
         if source.route == "disk":
             return datasets.load_from_disk(files[0])
-        return datasets.load_dataset(source.route, data_files=files, split="train")
+        return datasets.load_dataset(source.route, data_files=files, split="train", **_LOADER_OPTIONS[source.route])
 
 
 def _read_c4(source: Source, what: str, seed: int | None) -> Rows:

@@ -67,6 +67,14 @@ def test_a_single_table_serves_both_purposes(tmp_path, tokenizer, ending):
     assert windows.sha256 != stream.sha256
 
 
+def test_words_that_stand_for_null_elsewhere_are_text_in_csv(tmp_path, tokenizer):
+    rows = ["NA", "null", "None", "nan", "a sentence"]
+    path = write(tmp_path / "wikitext2" / "test.csv", rows, number=[1, None, 3, 4, 5])
+    for name, data_dir in ((str(path), None), ("wikitext2", tmp_path)):
+        assert evaluation_stream(name, tokenizer, 4, data_dir).text_sha256 == sha256("\n".join(rows))
+    check_dataset(f"{write(tmp_path / 'body.csv', rows, 'body', number=[1, None, 3, 4, 5])}", calibration=True)
+
+
 def test_a_single_file_of_lines(tmp_path, tokenizer):
     (tmp_path / "my.txt").write_text("One line.\n \nAnother.\n")
     stream = evaluation_stream(str(tmp_path / "my.txt"), tokenizer, 4)
