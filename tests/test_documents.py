@@ -21,9 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/**/*.md")] if path.name != "CHANGELOG.md"
 )
-_PROGRAMS = ("python", "bash", "torchrun", "sparsessm", "wandb", "sbatch", "srun", "hf", "pip", "git")
+_PROGRAMS = ("python", "bash", "torchrun", "sparsessm", "wandb", "sbatch", "srun", "hf", "pip", "ls")
 _NEEDS = re.compile(r"#.*\bneeds (.+)$")
 _WHOLE_PAGE = re.compile(r"^The commands of this page need (.+?)[.;:]", re.MULTILINE)
+_FIGURE = re.compile(r"(perplexity on .*): ([0-9.]+) \(.* windows\)")
+# Perplexities that a page says a command prints, by page and command.
+FIGURES: dict[tuple[str, str], list[tuple[str, float]]] = {}
 # What stands for a folder or a name of the reader's, and what the tests put there.
 PLACES = {"MODEL": "demo", "DATASET": "demo", "TEXT_FOLDER": "texts", "METHOD": "magnitude"}
 # What is added to a command so that it takes seconds: fewer runs of the same kind.
@@ -39,7 +42,7 @@ def blocks(page):
     found, fenced, inside = [[]], False, False
     for line in page.read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):
-            fenced, inside = not fenced, line.startswith(("```bash", "```sh", "```console", "```text")) or line == "```"
+            fenced, inside = not fenced, line.startswith(("```bash", "```console"))
             found.append([])
         elif fenced:
             if inside:
@@ -55,14 +58,18 @@ def commands(page):
     """(command on one line, what it needs or None) of a page, in order."""
     whole, found = _WHOLE_PAGE.search(page.read_text(encoding="utf-8")), []
     for block in blocks(page):
-        joined = "\n".join(line.removeprefix("$ ") for line in block).replace("\\\n", " ")
-        for line in joined.split("\n"):
-            words = line.split()
+        shown = any(line.startswith("$ ") for line in block)  # what is printed stands there too
+        for line in "\n".join(block).replace("\\\n", " ").split("\n"):
+            if shown and not line.startswith("$ "):
+                if found and (figure := _FIGURE.fullmatch(line)):
+                    FIGURES.setdefault((page.name, found[-1][0]), []).append((figure.group(1), float(figure.group(2))))
+                continue
+            words = line.removeprefix("$ ").split()
             while words and re.match("[A-Z_]+=", words[0]):
                 words = words[1:]  # a variable of the environment
             if len(words) > 1 and words[0] in _PROGRAMS:
                 need = _NEEDS.search(line)
-                text = " ".join(shlex.split(line.split("  #")[0], posix=False))
+                text = " ".join(shlex.split(line.removeprefix("$ ").split("  #")[0], posix=False))
                 found.append((text, need.group(1) if need else whole.group(1) if whole else None))
     return found
 
@@ -117,6 +124,9 @@ def test_commands_without_a_mark_run_in_their_order(page, desk):
             environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"} | dict(variables)
             done = subprocess.run(words, cwd=desk, capture_output=True, text=True, env=environment)
             assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+            printed = dict(match.groups() for line in done.stderr.split("\n") if (match := _FIGURE.fullmatch(line)))
+            for name, value in FIGURES.get((page.name, text), []):
+                assert float(printed[name]) == pytest.approx(value, rel=5e-3), text
 
 
 def test_the_page_about_python_runs(tmp_path, monkeypatch):
