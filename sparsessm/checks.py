@@ -47,6 +47,8 @@ def check(options: Any) -> None:
         raise InputError("--generate needs a text to continue")
     if options.overwrite and not options.save:
         raise InputError("--overwrite does nothing alone: add --save")
+    if options.wandb_checkpoint and not (options.log_wandb and options.save):
+        raise InputError("--wandb_checkpoint does nothing alone: add --log_wandb and --save")
     _check_zero_shot(options)
     if options.method is None:
         if options.prune_A or options.prune_layers or options.sparsity is not None or options.prunem:

@@ -37,7 +37,8 @@ from sparsessm.options import Options
 from sparsessm.procedure.fitness import check_model
 from sparsessm.report.tables import row, text_table
 from sparsessm.runs.journal import Journal, remove_journal
-from sparsessm.runs.tracking import Run, check_wandb
+from sparsessm.runs.page import check_wandb
+from sparsessm.runs.tracking import Run
 from sparsessm.steps import Steps
 
 logger = logging.getLogger("sparsessm")

@@ -104,7 +104,7 @@ class Steps:
                 metrics["zero_shot"] = self._zero_shot(model)
         metrics["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
         metrics["peak_memory_bytes"] = _peak_memory(self.device)
-        self.log.finish(metrics, saved)
+        self.log.finish(metrics, saved if chosen.wandb_checkpoint else None)
         self.journal.close()
         logger.info("run: %s", self.log.folder)
         return metrics
