@@ -32,6 +32,7 @@ from sparsessm.layerwise import distributed, memory
 from sparsessm.metrics import zero_shot
 from sparsessm.models import checkpoint
 from sparsessm.models.architecture import Layout
+from sparsessm.models.hub import check_hub
 from sparsessm.models.place import check_target
 from sparsessm.options import Options
 from sparsessm.procedure.fitness import check_model
@@ -95,6 +96,8 @@ def run(chosen: Options, resumed: Path | None = None) -> dict[str, Any]:
         runs = Path(chosen.base_dir) / chosen.experiment_name
         own = Journal(resumed, writes=False).load_figures("saved", lambda stamp: isinstance(stamp, str))
         check_target(chosen.save, source.folder, overwrite=chosen.overwrite, runs=runs, own=own)
+    if chosen.push_to_hub is not None:
+        check_hub(chosen.push_to_hub, chosen.private)
     if chosen.log_wandb:
         check_wandb()
     tasks = {}

@@ -322,8 +322,8 @@ def test_mistakes_are_input_errors(stage):
 
 def test_settings_are_all_options_but_the_places():
     settings = Cell("", PRUNED).settings
-    places = {"save", "overwrite", "experiment_name", "base_dir", "log_wandb", "wandb_checkpoint", "offload", "memory_budget",
-              "generate", "dry_run"}  # fmt: skip
+    places = {"save", "overwrite", "experiment_name", "base_dir", "log_wandb", "wandb_checkpoint", "push_to_hub", "private",
+              "offload", "memory_budget", "generate", "dry_run"}  # fmt: skip
     assert settings.keys() == set(Options.__dataclass_fields__) - places
 
 
