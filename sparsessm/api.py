@@ -38,8 +38,9 @@ PARTS = {"A_log": "prune_A", "weights": "prune_layers"}
 _histories: WeakKeyDictionary[PreTrainedModel, History] = WeakKeyDictionary()
 # Where a model came from, for the card of `save`.
 _origins: WeakKeyDictionary[PreTrainedModel, Origin] = WeakKeyDictionary()
-# Options of the last run, for the record of `save`.
+# Options and result of the last run, for the record of `save`.
 _runs: WeakKeyDictionary[PreTrainedModel, dict[str, Any]] = WeakKeyDictionary()
+_results: WeakKeyDictionary[PreTrainedModel, Result] = WeakKeyDictionary()
 
 
 def load(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -152,7 +153,7 @@ def prune(
 
     removed = prune_by_plan(Job(layout, embed, first, stop, report), plan, windows)
     result = result_of(history, ledger, removed)
-    _runs[model] = chosen.settings
+    _runs[model], _results[model] = chosen.settings, result
     _histories[model] = history.followed_by(result.masks, result.past, {"options": _runs[model]})
     return result
 
@@ -180,6 +181,7 @@ def save(
     where = Path(model.name_or_path or "-")
     check_target(target, where, overwrite=overwrite)
     origin = _origins[model] if model in _origins else origin_of(model.name_or_path or "", where)
+    result = result or _results.get(model)
     if result is None:
         layers = Layout(model)
         history = history_of(model, layers)
