@@ -1,5 +1,7 @@
 """Masks that hold in training: after every step, with any optimiser, in a plain loop and in transformers' Trainer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -158,3 +160,18 @@ def test_masks_that_cannot_hold_are_named(tiny_model, tmp_path, case, says):
     }[case]  # fmt: skip
     with pytest.raises(InputError, match=says):
         sparsessm.hold_masks(model, masks)
+
+
+def test_the_documents_example_runs(tmp_path, text_folder, monkeypatch):
+    """With less text and fewer steps than on the page."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "SHARING.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    text = f'calibration("{text_folder}"'
+    for said, less in (('calibration("demo"', text), ("seqlen=128", "seqlen=16"), ("steps=8", "steps=2")):
+        assert said in code
+        code = code.replace(said, less)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    masks, weights = (load_file(tmp_path / "tuned" / f"{name}.safetensors") for name in ("masks", "model"))
+    assert len(masks) == 6 * 6 and all(float(mask.float().mean()) == pytest.approx(0.5, abs=0.01) for mask in masks.values())
+    assert {float(value) for name, mask in masks.items() for value in weights[name][mask].unique()} == {0.0, 30.0}
