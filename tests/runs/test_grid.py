@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparsessm.errors import InputError
-from sparsessm.options import Options
+from sparsessm.options import PLACES, Options
 from sparsessm.runs import grid
 from sparsessm.runs.grid import Cell, environment, fill, finished, interrupted
 
@@ -91,8 +91,9 @@ def stage(tmp_path, monkeypatch):
 
 def record(cell, **changes):
     """options.json of a cell's run."""
-    return {**cell.settings, "save": None, "experiment_name": cell.name, "base_dir": "elsewhere", "log_wandb": True,
-            "offload": "disk", "memory_budget": 1.5, "overwrite": False, **changes}  # fmt: skip
+    places = {name: getattr(cell.options, name) for name in PLACES}
+    return {**places, **cell.settings, "experiment_name": cell.name, "base_dir": "elsewhere", "log_wandb": True,
+            "offload": "disk", "memory_budget": 1.5, **changes}  # fmt: skip
 
 
 def leave(base, cell, name, options, metrics=None):
