@@ -108,8 +108,12 @@ def _started(options: Mapping[str, Any], folder: Path, before: Mapping[str, Any]
     import wandb
 
     try:
-        arguments = _arguments(wandb.setup().settings, options, folder, before)
+        given = wandb.setup().settings
+        arguments = _arguments(given, options, folder, before)
         try:
+            online = given.mode not in ("offline", "dryrun", "disabled")
+            if online and not wandb.login(prompt=False, verify=False):
+                raise InputError("no key: wandb login stores one")  # init would ask for it, and wait
             run = wandb.init(**arguments)
         except Exception as error:  # of its settings, the key, the network, the service: they share no base class
             run = wandb.init(mode="offline", **arguments)
