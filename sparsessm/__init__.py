@@ -20,16 +20,19 @@ if TYPE_CHECKING:
     from sparsessm.api import calibration, evaluation, load, perplexity, prune, save
     from sparsessm.pruning.saliency import register_saliency
     from sparsessm.result import Result
+    from sparsessm.training import hold_masks
 
 # Where each public name is; imported on first use, so that --help does not wait for torch.
 _PUBLIC = {
     **dict.fromkeys(("load", "calibration", "evaluation", "prune", "perplexity", "save"), "sparsessm.api"),
     "register_saliency": "sparsessm.pruning.saliency",
     "Result": "sparsessm.result",
+    "hold_masks": "sparsessm.training",
 }
 
 __all__ = [
-    "Result", "__version__", "calibration", "evaluation", "load", "perplexity", "prune", "register_saliency", "save",
+    "Result", "__version__", "calibration", "evaluation", "hold_masks", "load", "perplexity", "prune", "register_saliency",
+    "save",
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from sparsessm.layerwise.stream import Stream
 from sparsessm.metrics.perplexity import perplexity as perplexity_of
 from sparsessm.models import checkpoint, saving
 from sparsessm.models.architecture import Layout
+from sparsessm.models.card import Facts, Origin, origin_of
 from sparsessm.models.history import History, Ledger, read_history
 from sparsessm.models.place import check_target
 from sparsessm.models.tokenizing import load_tokenizer
@@ -27,6 +28,7 @@ from sparsessm.procedure.driver import Job, no_report
 from sparsessm.procedure.fitness import check_model, check_rest
 from sparsessm.procedure.plan import plan_of
 from sparsessm.procedure.prune import prune as prune_by_plan
+from sparsessm.procedure.removal import RemovedParts
 from sparsessm.result import Result, result_of, versions
 
 # What `prune` calls the two phases of the paper, and the option that asks for each.
@@ -34,8 +36,11 @@ PARTS = {"A_log": "prune_A", "weights": "prune_layers"}
 
 # What was pruned before, by model: what `load` found and `prune` did.
 _histories: WeakKeyDictionary[PreTrainedModel, History] = WeakKeyDictionary()
-# Options of the last run, for the record of `save`.
+# Where a model came from, for the card of `save`.
+_origins: WeakKeyDictionary[PreTrainedModel, Origin] = WeakKeyDictionary()
+# Options and result of the last run, for the record of `save`.
 _runs: WeakKeyDictionary[PreTrainedModel, dict[str, Any]] = WeakKeyDictionary()
+_results: WeakKeyDictionary[PreTrainedModel, Result] = WeakKeyDictionary()
 
 
 def load(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -52,6 +57,7 @@ def load(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTok
     tokenizer = load_tokenizer(source)
     model = checkpoint.load(source, dtype)
     _histories[model] = read_history(source.folder, Layout(model))
+    _origins[model] = origin_of(name, source.folder)
     return model, tokenizer
 
 
@@ -136,7 +142,7 @@ def prune(
     layout, where = Layout(model), device_named(device)
     first, stop = check_model(chosen, layout)
     check_parity(layout, "the model", where)
-    history = _histories[model] if model in _histories else read_history(None, layout)
+    history = history_of(model, layout)
     ledger = Ledger(layout, history)
     plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
     check_rest(chosen, plan, layout, history, first, stop)
@@ -148,26 +154,38 @@ def prune(
 
     removed = prune_by_plan(Job(layout, embed, first, stop, report), plan, windows)
     result = result_of(history, ledger, removed)
-    _runs[model] = chosen.settings
+    _runs[model], _results[model] = chosen.settings, result
     _histories[model] = history.followed_by(result.masks, result.past, {"options": _runs[model]})
     return result
+
+
+def history_of(model: PreTrainedModel, layout: Layout) -> History:
+    """What was pruned from a model, by what `load` and `prune` know, or else by its values."""
+    return _histories[model] if model in _histories else read_history(None, layout)
 
 
 def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, result: Result | None = None, *,
     overwrite: bool = False, layout: str = "hf",
 ) -> Path:  # fmt: skip
-    """Writes a checkpoint that stock `transformers` opens, with masks.safetensors and sparsessm.json; whole or not at all.
+    """Writes a checkpoint that stock `transformers` opens, with masks, record and model card; whole or not at all.
 
     Args:
-        result: of `prune`. overwrite: replace the checkpoint in a folder that is not empty; its other files stay.
+        result: of `prune`; without one, what `load`, `prune` or the values say of the model.
+        overwrite: replace the checkpoint in a folder that is not empty; its other files stay.
         layout: "hf", or "state-spaces" for mamba-ssm.
 
     Raises:
         sparsessm.errors.InputError: the folder holds something, or cannot be written.
     """
     target = str(Path(folder).expanduser().absolute())
-    check_target(target, Path(model.name_or_path or "-"), overwrite=overwrite)
-    result = result or Result()
+    where = Path(model.name_or_path or "-")
+    check_target(target, where, overwrite=overwrite)
+    origin = _origins[model] if model in _origins else origin_of(model.name_or_path or "", where)
+    result = result or _results.get(model)
+    if result is None:
+        layers = Layout(model)
+        history = history_of(model, layers)
+        result = result_of(history, Ledger(layers, history), RemovedParts())
     record = {"versions": versions(), "sparsity": result.sparsity, "options": _runs.get(model, {}), **result.past}
-    return saving.save(model, tokenizer, result.masks, record, target, layout=layout)
+    return saving.save(model, tokenizer, result.masks, record, target, layout=layout, facts=Facts(origin))

@@ -47,6 +47,12 @@ def check(options: Any) -> None:
         raise InputError("--generate needs a text to continue")
     if options.overwrite and not options.save:
         raise InputError("--overwrite does nothing alone: add --save")
+    if options.push_to_hub is not None and not options.save:
+        raise InputError("--push_to_hub pushes what --save wrote: add --save")
+    if options.private and options.push_to_hub is None:
+        raise InputError("--private does nothing alone: add --push_to_hub")
+    if options.wandb_checkpoint and not (options.log_wandb and options.save):
+        raise InputError("--wandb_checkpoint does nothing alone: add --log_wandb and --save")
     _check_zero_shot(options)
     if options.method is None:
         if options.prune_A or options.prune_layers or options.sparsity is not None or options.prunem:

@@ -209,3 +209,17 @@ def argv_of(values: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             argv.append(f"{flag}={value}")
     return argv
+
+
+def reproducing(chosen: Options) -> str:
+    """The command that does the same, with the options that are not the default; folders by their last name alone."""
+    said = {spec.name: chosen.settings.get(spec.name, spec.default) for spec in dataclasses.fields(Options)}
+    said = {spec.name: said[spec.name] for spec in dataclasses.fields(Options) if said[spec.name] != spec.default}
+    model, dataset = (_last_name(said.pop(name)) for name in ("model", "dataset"))
+    return shlex.join(["python", "main.py", model, dataset, *argv_of({k: _last_name(v) for k, v in said.items()})])
+
+
+def _last_name(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_last_name, value))
+    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value

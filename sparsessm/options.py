@@ -32,7 +32,8 @@ MODULE_PARTS = ("mixer", "attention", "mlp")
 
 # Options that the saved files do not depend on: most set paths.
 PLACES = (
-    "save", "overwrite", "experiment_name", "base_dir", "log_wandb", "offload", "memory_budget", "generate", "dry_run",
+    "save", "overwrite", "experiment_name", "base_dir", "log_wandb", "wandb_checkpoint", "push_to_hub", "private", "offload",
+    "memory_budget", "generate", "dry_run",
 )  # fmt: skip
 
 # The options in the order of --help: the first of each group, and the group's title.
@@ -181,9 +182,14 @@ class Options:
 
     overwrite: bool = _flag("let --save replace the checkpoint in a folder that is not empty; its other files stay")
     save_format: str = _option("hf", "layout of the checkpoint", choices=("hf", "state-spaces"))
+    push_to_hub: str | None = _option(
+        None, "push the saved checkpoint to this repository of the Hugging Face hub", metavar="REPO"
+    )
+    private: bool = _flag("let --push_to_hub make a private repository")
     experiment_name: str = _option("default", "folder of the run under base_dir")
     base_dir: str = _option("experiments", "folder of all experiments", metavar="DIR")
     log_wandb: bool = _flag("log to Weights & Biases (WANDB_* variables hold; WANDB_MODE=offline works)")
+    wandb_checkpoint: bool = _flag("let --log_wandb upload the saved checkpoint as well, not only figures and pictures")
 
     def __post_init__(self) -> None:
         check(self)

@@ -32,13 +32,15 @@ from sparsessm.layerwise import distributed, memory
 from sparsessm.metrics import zero_shot
 from sparsessm.models import checkpoint
 from sparsessm.models.architecture import Layout
+from sparsessm.models.hub import check_hub
 from sparsessm.models.place import check_target
 from sparsessm.options import Options
 from sparsessm.procedure.fitness import check_model
 from sparsessm.rehearsal import rehearse
 from sparsessm.report.tables import row, text_table
 from sparsessm.runs.journal import Journal, remove_journal
-from sparsessm.runs.tracking import Run, check_wandb
+from sparsessm.runs.page import check_wandb
+from sparsessm.runs.tracking import Run
 from sparsessm.steps import Steps
 
 logger = logging.getLogger("sparsessm")
@@ -144,6 +146,8 @@ def _checked(chosen: Options, resumed: Path | None) -> tuple[checkpoint.Source, 
         runs = Path(chosen.base_dir) / chosen.experiment_name
         own = Journal(resumed, writes=False).load_figures("saved", lambda stamp: isinstance(stamp, str))
         check_target(chosen.save, source.folder, overwrite=chosen.overwrite, runs=runs, own=own)
+    if chosen.push_to_hub is not None:
+        check_hub(chosen.push_to_hub, chosen.private)
     if chosen.log_wandb:
         check_wandb()
     return source, first, stop, device

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsessm.commandline import reproducing
 from sparsessm.corpora import text
+from sparsessm.corpora.names import HUB_IDS
 from sparsessm.errors import InputError, NumericalError
 from sparsessm.layerwise import distributed
 from sparsessm.layerwise.memory import peak_memory
@@ -27,6 +29,8 @@ from sparsessm.metrics.perplexity import perplexity
 from sparsessm.metrics.published import dense_warning
 from sparsessm.models import checkpoint, history, saving
 from sparsessm.models.architecture import Layout
+from sparsessm.models.card import Facts, origin_of
+from sparsessm.models.hub import push
 from sparsessm.models.place import Place
 from sparsessm.models.tokenizing import load_tokenizer, tokenizer_sha256
 from sparsessm.options import Options
@@ -103,11 +107,16 @@ class Steps:
         if self.tasks:
             with self._timed("eval"):
                 metrics["zero_shot"] = self._zero_shot(model)
+            if saved is not None:
+                facts = self._facts(metrics)
+                saving.rewrite_card(saved, self._record(metrics), facts, model.config.model_type, chosen.save_format)
         metrics["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
         metrics["peak_memory_bytes"] = peak_memory(self.device)
-        self.log.finish(metrics, saved)
+        self.log.finish(metrics, saved if chosen.wandb_checkpoint else None)
         self.journal.close()
         logger.info("run: %s", self.log.folder)
+        if saved is not None and chosen.push_to_hub is not None:
+            logger.info("pushed: %s", push(saved, chosen.push_to_hub, chosen.private))
         return metrics
 
     @contextmanager
@@ -275,17 +284,30 @@ class Steps:
         chosen = self.chosen
         if self.place is None:
             return None
-        kept = ("versions", "sparsity", "perplexity", "perplexity_notes", "data_sha256", "text_sha256", "removed_layers")
-        record = {key: metrics[key] for key in kept if key in metrics}
-        record |= {"options": chosen.settings, **self.result.past}
         saving.write_model(
-            model, self.result.masks, record, self.place, layout=chosen.save_format, raw_zeros=chosen.raw_zeros,
+            model, self.result.masks, self._record(metrics), self.place, layout=chosen.save_format,
+            raw_zeros=chosen.raw_zeros, facts=self._facts(metrics),
             original_config=self.source.raw_config if self.source.layout == "state-spaces" else None,
         )  # fmt: skip
         self.journal.store_figures("saved", self.place.stamp)
         saved = self.place.publish()
         logger.info("saved: %s", chosen.save)
         return saved
+
+    def _record(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """What sparsessm.json holds."""
+        kept = ("versions", "sparsity", "perplexity", "perplexity_notes", "data_sha256", "text_sha256", "removed_layers")
+        record = {key: metrics[key] for key in kept if key in metrics}
+        return record | {"options": self.chosen.settings, **self.result.past}
+
+    def _facts(self, metrics: Mapping[str, Any]) -> Facts:
+        """What the model card says besides."""
+        chosen = self.chosen
+        datasets = [HUB_IDS[chosen.dataset]] if chosen.method and chosen.dataset in HUB_IDS else []
+        return Facts(
+            origin_of(chosen.model, self.source.folder), datasets, reproducing(chosen), metrics["dense_perplexity"],
+            metrics["zero_shot"],
+        )  # fmt: skip
 
 
 def _is_perplexity(figure: Any) -> bool:

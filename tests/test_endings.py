@@ -113,30 +113,6 @@ def test_a_head_that_overflows_is_named(run_main, tiny_checkpoint, text_folder):
     assert done.code == 2 and "the head" in last(done) and "--dtype float32" in last(done)
 
 
-# --- wandb ---------------------------------------------------------------------------------------------------------
-
-
-def test_wandb_without_a_key_is_logged_offline(run_main, tmp_path, text_folder, monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb = pytest.importorskip("wandb")
-    wandb.teardown()  # it remembers what the environment said in an earlier test
-    done = run_main(["demo", text_folder, *A_LOG, *SMALL, "--log_wandb"])
-    wandb.teardown()
-    assert done.code == 0 and "no key for wandb: the run is logged offline" in done.stderr
-    assert list(done.folder.glob("wandb/offline-run-*/*.wandb"))
-
-
-def test_wandb_settings_that_it_refuses_are_one_line_before_anything_heavy(run_main, text_folder, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_PROJECT", "a/b")
-    done = run_main(["demo", text_folder, *A_LOG, *SMALL, "--log_wandb"])
-    assert done.code == 2 and "wandb cannot start" in last(done) and done.folder is None
-
-
 # --- places and launchers ------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,8 @@
 """The command from end to end, in this process: what it prints, writes, saves and refuses."""
 
 import hashlib
-import importlib.util
 import json
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -194,52 +192,6 @@ def test_a_text_shorter_than_a_window_is_refused(run_main, tmp_path):
     (tmp_path / "test.txt").write_text("few words\n")
     outcome = run_main(["demo", str(tmp_path), "--seqlen", "64"])
     assert outcome.code == 2 and "--seqlen" in outcome.stderr
-
-
-def leveldb_log(content):
-    """The records of a LevelDB log, the format that `wandb sync` reads: blocks of 32 KiB that start 7 bytes before
-    `content`, in them fragments with a checksum (4 bytes), a length (2) and a kind: whole, first, middle, last."""
-    at, record, found = 0, b"", []
-    while at + 7 <= len(content):
-        left = 32768 - (at + 7) % 32768
-        if left < 7:
-            at += left
-            continue
-        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
-        record += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            found.append(record)
-            record = b""
-    return found
-
-
-def test_wandb_offline_holds_options_layers_figures_and_the_checkpoint(run_main, tmp_path, monkeypatch):
-    import wandb
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    outcome = run_main([*QUICK, "--method", "sparsessm", "--prune_A", *HALF, "--log_wandb", "--save", str(tmp_path / "out")])
-    assert outcome.code == 0
-    wandb.teardown()  # its service writes the last block of the file after the run's `finish`; this waits for its end
-    (file,) = outcome.folder.glob("wandb/offline-run-*/*.wandb")
-    records = [Record.FromString(data) for data in leveldb_log(file.read_bytes()[7:])]  # after ":W&B", magic, version
-    text = "\n".join(str(record) for record in records)
-    assert "sparsessm" in text and "nsamples" in text
-    layers = [record for record in records if any("ssm/sparsity" in str(item) for item in record.history.item)]
-    assert len(layers) == 6
-    assert any("perplexity/demo" in str(record.summary) for record in records)
-    artifacts = [record.request.log_artifact.artifact or record.artifact for record in records]
-    names = {entry.path for artifact in [*artifacts, *(r.artifact for r in records)] for entry in artifact.manifest.contents}
-    assert "model.safetensors" in names
-
-
-def test_wandb_missing_is_said_before_anything_heavy(run_main, monkeypatch):
-    present = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else present(name, *rest))
-    outcome = run_main([*QUICK, "--log_wandb"])
-    assert outcome.code == 2 and "pip install wandb" in outcome.stderr and outcome.metrics is None
 
 
 def test_as_a_process_help_names_every_method():

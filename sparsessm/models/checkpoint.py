@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from sparsessm.errors import InputError, first_line
 from sparsessm.models import original
+from sparsessm.models.card import CARD
 from sparsessm.models.family import ARCHITECTURES
 from sparsessm.models.place import put_back
 
@@ -108,7 +109,7 @@ def _download(name: str) -> Path:
         raise InputError(f"there is no folder {name}: give a folder, a hub id such as state-spaces/mamba-130m-hf, or demo")
     from huggingface_hub import snapshot_download
 
-    small = ["*.json", "*.txt", "*.jinja", "tokenizer*"]
+    small = ["*.json", "*.txt", "*.jinja", "tokenizer*", CARD]
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*small, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):

@@ -8,6 +8,7 @@ checkpoint is moved aside file by file and comes back at the next start if that 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,9 @@ from pathlib import Path
 
 from sparsessm import files
 from sparsessm.errors import InputError, StorageError, storing
+from sparsessm.models.card import CARD, is_own_card
+
+logger = logging.getLogger("sparsessm")
 
 MASKS, RECORD = "masks.safetensors", "sparsessm.json"
 
@@ -30,7 +34,8 @@ _MOVING, _PREVIOUS = ".sparsessm-moving", ".sparsessm-previous"
 
 
 def is_checkpoint_file(path: Path) -> bool:
-    return _CHECKPOINT_FILE.fullmatch(path.name) is not None and not path.is_dir()
+    named = _CHECKPOINT_FILE.fullmatch(path.name) is not None and not path.is_dir()
+    return named or (path.name == CARD and is_own_card(path))
 
 
 def located(target: str) -> Path:
@@ -163,6 +168,10 @@ class Place:
             StorageError: the system refuses; the old checkpoint is unchanged.
         """
         with storing(str(self.path), "nothing was saved: free some space, or name another place"):
+            card = self.path / CARD
+            if os.path.lexists(card) and not is_own_card(card):
+                (self.staging / CARD).unlink(missing_ok=True)
+                logger.warning("warning: %s was written or edited by hand: it stays, and no new card is written", card)
             files.publish_modes(self.staging)
             if self._inside:
                 self._move_in()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsessm import files
 from sparsessm.errors import InputError, first_line, storing
 from sparsessm.models import original
+from sparsessm.models.card import CARD, Facts, card_text, is_own_card
 from sparsessm.models.family import architecture_of
 from sparsessm.models.place import MASKS, RECORD, Place
 
@@ -76,8 +77,9 @@ def write_model(
     layout: str = "hf",
     raw_zeros: bool = False,
     original_config: Mapping[str, Any] | None = None,
+    facts: Facts | None = None,
 ) -> None:
-    """Writes config, weights, masks.safetensors and sparsessm.json to the staging folder of a place.
+    """Writes config, weights, masks.safetensors, sparsessm.json and the model card to the staging folder of a place.
 
     Args:
         masks: by parameter name, True = pruned; written by the names in the checkpoint. A mask of removed states keeps
@@ -86,6 +88,7 @@ def write_model(
         layout: "hf", or "state-spaces" for what mamba_ssm loads (config.json, pytorch_model.bin).
         raw_zeros: write 0 for pruned entries of A_log.
         original_config: config.json of a state-spaces source, whose keys that pruning does not change are kept.
+        facts: what the card says besides the record.
     """
     with storing(str(place.path), "nothing was saved: free some space, or name another place"):
         state = model.state_dict()
@@ -99,6 +102,15 @@ def write_model(
             named = {row.in_files(name, names): mask.contiguous() for name, mask in sorted(masks.items())}
             save_file(named, place.staging / MASKS)
         (place.staging / RECORD).write_text(files.strict_json(record, indent=2, sort_keys=True) + "\n")
+        text = card_text(record, facts or Facts(), model.config.model_type, layout)
+        (place.staging / CARD).write_text(text, encoding="utf-8")
+
+
+def rewrite_card(folder: Path, record: Mapping[str, Any], facts: Facts, model_type: str, layout: str) -> None:
+    """Replaces the card of a saved checkpoint, unless somebody else wrote or edited it."""
+    if is_own_card(folder / CARD):
+        with storing(str(folder / CARD)):
+            files.write_text(folder / CARD, card_text(record, facts, model_type, layout), follow=False)
 
 
 def _write_hf(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, _: Mapping[str, Any]) -> None:

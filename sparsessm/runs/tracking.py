@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import shutil
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Mapping
@@ -22,21 +20,14 @@ from torch import Tensor
 
 from sparsessm import files
 from sparsessm.errors import InputError, SparseSSMError, StorageError, check_interrupted, first_line, storage_reason, storing
-from sparsessm.report.plots import has_matplotlib, write_run_plots
-from sparsessm.report.results import read_run
 from sparsessm.runs.journal import FOLDER as JOURNAL
 from sparsessm.runs.journal import remove_journal
+from sparsessm.runs.page import Page
 from sparsessm.runs.progress import LogBesideBar, Progress
 
 logger = logging.getLogger("sparsessm")
 
 _REMEDY = "free some space, and resume the run"
-
-
-def check_wandb() -> None:
-    """Raises InputError where wandb is wanted and not there."""
-    if importlib.util.find_spec("wandb") is None:
-        raise InputError("--log_wandb needs wandb: pip install wandb, or leave the flag out")
 
 
 class Run:
@@ -56,7 +47,7 @@ class Run:
         self.is_main, self.folder = is_main, resumed
         self._progress: Progress | None = None
         self._handlers: list[logging.Handler] = []
-        self._wandb: Any = None
+        self._page: Page | None = None
         self._lock: FileLock | None = None
         logger.setLevel(logging.INFO if is_main else logging.ERROR)
         if not is_main:
@@ -95,7 +86,7 @@ class Run:
             logger.addHandler(handler)
         self.write_json("options.json", options)
         if log_wandb:
-            self._wandb = _start_wandb(options, self._mine)
+            self._page = Page(options, self._mine)
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a file of the run folder, whole or not at all."""
@@ -131,45 +122,15 @@ class Run:
             self._progress.step(phase, layer, figures)
         if figures:
             self.event("layer", phase=phase, layer=layer, **figures)
-            self._to_wandb({f"{phase}/{name}": value for name, value in figures.items()} | {"layer": layer})
+            if self._page is not None:
+                self._page.row(phase, layer, figures)
 
-    def finish(self, metrics: Mapping[str, Any], saved: Path | None) -> None:
-        """Writes metrics.json, and then hands metrics and the saved folder to wandb."""
+    def finish(self, metrics: Mapping[str, Any], checkpoint: Path | None) -> None:
+        """Writes metrics.json, and then hands the figures, and a checkpoint where there is one, to wandb."""
         self.write_json("metrics.json", metrics)
         self.event("finished")
-        if self._wandb is None:
-            return
-        try:
-            import wandb
-
-            self._wandb.summary.update(_flat(metrics))
-            if saved is not None:
-                artifact = wandb.Artifact(f"checkpoint-{self._wandb.id}", type="model")
-                artifact.add_dir(str(saved))
-                self._wandb.log_artifact(artifact)
-            self._log_plots()
-        except Exception as error:  # of an optional service: the run itself has succeeded
-            logger.warning("warning: wandb did not take all of the run (%s)", first_line(error))
-
-    def _to_wandb(self, row: Mapping[str, Any]) -> None:
-        if self._wandb is not None:
-            try:
-                self._wandb.log(dict(row))
-            except Exception as error:  # the same
-                logger.warning("warning: wandb takes no more rows (%s); the run continues without", first_line(error))
-                self._wandb = None
-
-    def _log_plots(self) -> None:
-        """Hands the pictures of this run to wandb, where there is matplotlib to draw them."""
-        import wandb
-
-        if not has_matplotlib():
-            logger.info("wandb: no pictures, because matplotlib is not installed (pip install -r requirements-plots.txt)")
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            drawn = write_run_plots(read_run(self._mine), Path(folder))
-            if drawn:
-                self._wandb.log({f"plots/{kind}": wandb.Image(str(file)) for kind, file in drawn.items()})
+        if self._page is not None:
+            self._page.finish(metrics, checkpoint)
 
     def failed(self, error: BaseException) -> None:
         """Writes the traceback of what ended the run to its log, and nowhere else."""
@@ -183,9 +144,8 @@ class Run:
         """Closes the log and the bar, releases the folder, and ends the wandb run."""
         if self._progress is not None:
             self._progress.close()
-        if self._wandb is not None:
-            with suppress(Exception):  # its service may be gone
-                self._wandb.finish(exit_code=int(failed))
+        if self._page is not None:
+            self._page.close(failed)
         for handler in self._handlers:
             logger.removeHandler(handler)
             with suppress(OSError):
@@ -203,35 +163,6 @@ class _LogFile(logging.FileHandler):
         assert error is not None  # it is being handled
         raise StorageError(
             f"{self.baseFilename} could not be written ({storage_reason(error) or first_line(error)}): {_REMEDY}"
-        ) from error
-
-
-def _start_wandb(options: Mapping[str, Any], folder: Path) -> Any:
-    """A wandb run; an offline one, with a warning, where no key is configured.
-
-    Raises:
-        InputError: wandb refuses the settings.
-    """
-    import wandb
-
-    arguments: dict[str, Any] = {
-        "project": os.environ.get("WANDB_PROJECT", "sparsessm"), "config": dict(options), "dir": str(folder),
-        "name": f"{folder.parent.name}-{folder.name}", "job_type": "prune" if options["method"] else "eval",
-    }  # fmt: skip
-    try:
-        return wandb.init(**arguments)
-    except wandb.errors.UsageError as error:
-        if "api_key" not in str(error).lower() and "api key" not in str(error).lower():
-            reason = first_line(error)
-            raise InputError(f"wandb cannot start ({reason}): correct its settings, or leave --log_wandb out") from error
-        logger.warning("warning: no key for wandb: the run is logged offline (later: wandb sync %s)", folder / "wandb")
-        try:
-            return wandb.init(mode="offline", **arguments)
-        except Exception as again:
-            raise InputError(f"wandb cannot start ({first_line(again)}): leave --log_wandb out") from again
-    except Exception as error:  # of the network, the service, the disk: they share no base class
-        raise InputError(
-            f"wandb cannot start ({first_line(error)}): set WANDB_MODE=offline, or leave --log_wandb out"
         ) from error
 
 
@@ -254,14 +185,3 @@ def _new_folder(parent: Path) -> tuple[Path, list[Path]]:
     except OSError as error:
         raise StorageError(f"no run folder under {parent} ({storage_reason(error)}): choose --base_dir elsewhere") from None
     raise InputError(f"no free name for a run under {parent}: choose another --experiment_name")
-
-
-def _flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested figures by their path, as wandb's tables want them."""
-    flat = {}
-    for key, value in metrics.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}/"))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

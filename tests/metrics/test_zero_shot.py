@@ -150,7 +150,9 @@ def test_the_pruned_model_is_asked_and_saved_as_without_being_asked(run_main, tm
     assert run_main([*prune, "--save", str(tmp_path / "not")]).code == 0
     _, acc_norm, _ = accuracies(tmp_path / "asked")
     assert outcome.metrics["zero_shot"]["both"]["value"] == pytest.approx(acc_norm) and acc_norm != dense[1]
-    files = {file.name for file in (tmp_path / "not").iterdir()} - {"sparsessm.json"}  # which holds the options
+    assert f"| both | acc_norm | {acc_norm:.4f} |" in (tmp_path / "asked" / "README.md").read_text()
+    # the record and the card hold the options, and the card the figure
+    files = {file.name for file in (tmp_path / "not").iterdir()} - {"sparsessm.json", "README.md"}
     assert "tokenizer_config.json" in files
     for name in files:
         assert (tmp_path / "asked" / name).read_bytes() == (tmp_path / "not" / name).read_bytes()
