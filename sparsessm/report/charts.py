@@ -260,8 +260,9 @@ def _scale_of(values: Iterable[float]) -> str | float:
     sizes = sorted(map(abs, found))
     if found and found[0] > 0:
         return "log" if found[-1] > _LOG_FROM * found[0] else "linear"
-    middle = sizes[len(sizes) // 2] if sizes else 0.0
-    return 10.0 ** math.floor(math.log10(middle)) if 0 < _LOG_FROM * middle < sizes[-1] < 1e6 * middle else "linear"
+    if not sizes or sizes[-1] <= _LOG_FROM * sizes[len(sizes) // 2]:
+        return "linear"
+    return 10.0 ** math.floor(math.log10(max(sizes[len(sizes) // 2], sizes[-1] / 100)))  # noise around 0 is no decade
 
 
 def _own_ticks(values: Iterable[float]) -> tuple[float, ...]:
