@@ -35,7 +35,7 @@ _TIME_OPTIONS = {"power": "time_power", "discount": "time_discount", "window": "
 _MOST = 1e300  # no figure of a run is as large, and what draws it computes with powers of ten
 
 # As JSON gives them back.
-_DEFAULTS = {s.name: list(s.default) if isinstance(s.default, tuple) else s.default for s in dataclasses.fields(Options)}
+DEFAULTS = {s.name: list(s.default) if isinstance(s.default, tuple) else s.default for s in dataclasses.fields(Options)}
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ class Record:
         """The arguments after `python` that repeat this run, without paths of outputs."""
         words = ["main.py", self.model, str(self.options.get("dataset"))]
         for name, value in self.options.items():
-            if name not in _DEFAULTS or name in ("model", "dataset", *PLACES) or value is None:
+            if name not in DEFAULTS or name in ("model", "dataset", *PLACES) or value is None:
                 continue
-            if value != _DEFAULTS[name]:
+            if value != DEFAULTS[name]:
                 words.append(f"--{name}")
                 words += map(str, value if isinstance(value, list) else [] if value is True else [value])
         return shlex.join(words)

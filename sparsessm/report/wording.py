@@ -38,7 +38,8 @@ def plural(count: int, noun: str) -> str:
 
 
 def clipped(text: str, length: int) -> str:
-    """At most `length` characters, the last an ellipsis where some are left out."""
+    """At most `length` characters, the last an ellipsis where some are left out; what no picture can hold is replaced."""
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text[: length + 1])
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sparsessm.errors import InputError, first_line
 from sparsessm.files import write_text
-from sparsessm.report.plots import has_matplotlib, write_run_plots
+from sparsessm.report.plots import write_run_plots
 from sparsessm.report.results import read_run
 
 logger = logging.getLogger("sparsessm")
@@ -81,12 +81,9 @@ class Page:
         self._run.log_artifact(artifact)
 
     def _log_plots(self) -> None:
-        """Logs the pictures of this run, where there is matplotlib to draw them."""
+        """Logs the pictures of this run."""
         import wandb
 
-        if not has_matplotlib():
-            logger.info("wandb: no pictures, because matplotlib is not installed (pip install -r requirements-plots.txt)")
-            return
         with tempfile.TemporaryDirectory() as folder:
             drawn = write_run_plots(read_run(self.folder), Path(folder))
             if drawn:
