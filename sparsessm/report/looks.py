@@ -10,6 +10,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sparsessm.options import PLACES
 from sparsessm.report.results import DEFAULTS, Record
@@ -73,15 +74,15 @@ class Variant:
 
 
 def variants(records: Sequence[Record]) -> dict[str, Variant]:
-    """The variant of each run, by the run's name; runs that prune other parts are not compared."""
-    groups: dict[str, dict[tuple[str, ...], list[Record]]] = defaultdict(lambda: defaultdict(list))
+    """The variant of each run, by the run's name; runs of other models, or that prune other parts, are not compared."""
+    groups: dict[str, dict[tuple[str, tuple[str, ...]], list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        groups[record.method][record.parts].append(record)
+        groups[record.method][record.model, record.parts].append(record)
     found: dict[str, Variant] = {}
     for method, by_parts in groups.items():
         options = {
             record.name: _options(record, group, _NO_VARIANT if "weights" in parts else _NO_VARIANT | _OF_WEIGHTS)
-            for parts, group in by_parts.items() for record in group
+            for (_, parts), group in by_parts.items() for record in group
         }  # fmt: skip
         order = sorted(set(options.values()))
         found |= {name: Variant(method, mine, method_style(method, order.index(mine))) for name, mine in options.items()}
@@ -123,5 +124,6 @@ def _options(record: Record, group: Sequence[Record], ignored: frozenset[str]) -
         if any(repr(other.options.get(name)) != repr(value) for other in group):
             shown = number_text(value) if isinstance(value, (int, float)) else value
             shown = ", ".join(map(str, value)) if isinstance(value, list) else shown
+            shown = Path(value).name if name == "dataset" else shown
             found.append((name, name if value is True else f"no {name}" if value is False else f"{name} {shown}"))
     return tuple(found)

@@ -90,12 +90,18 @@ def _signed(value: float) -> str:
     return f"{value:+.2f}" if abs(value) < 1e5 else f"{value:+.1e}"
 
 
+# What goes whole, by the pattern.
+_WHOLE = {"structured": "states", "heads": "heads"}
+
+
 def _pruned(record: Record) -> str:
-    """What was pruned, as measured: A_log 50 %, weights 48.1 % (mixer 60 %, MLP 40 %)."""
+    """What was pruned, as measured: A_log 50 %, weights 48.1 % (mixer 60 %, MLP 40 %); first what went whole, as asked."""
     said: dict[bool, list[str]] = {True: [], False: []}
     for name, share in record.metrics["sparsity"].items():
         if share and name != "model":
             said[name in ("mixer", "attention", "mlp")].append(f"{_PARTS.get(name, name)} {percent_text(share)}")
+    if record.pattern in _WHOLE and record.sparsity is not None:
+        said[False].insert(0, f"{_WHOLE[record.pattern]} {percent_text(record.sparsity)}")
     return (", ".join(said[False]) or "nothing") + (f" ({', '.join(said[True])})" if said[True] else "")
 
 
