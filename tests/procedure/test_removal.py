@@ -355,7 +355,7 @@ def test_figures_of_removed_blocks(run_main, tmp_path, demo_dir):
     assert record["sparsity"] == done.metrics["sparsity"]
     assert sum(tensor.numel() for tensor in load_file(out / "model.safetensors").values()) == total - 2 * block
     assert not (out / "masks.safetensors").exists()
-    assert "mamba-shedder  ssm 33.3%, layers 33.3%" in done.stdout
+    assert "mamba-shedder, minlayer 1, maxlayer 5, shed_target mamba_block  ssm 33.3%, layers 33.3%" in done.stdout
 
 
 def test_figures_of_removed_ssms(run_main, tmp_path, demo_dir):
