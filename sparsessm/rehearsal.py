@@ -171,14 +171,13 @@ class _Trial:
 
     def run(self, calibration: Tensor, windows: Sequence[Tensor]) -> dict[str, Any]:
         """Seconds for all layers of the whole model to prune, and to evaluate each text; peaks of memory after each."""
-        start = peak_memory(self.device)["process"]
         model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
         for name, parameter in model.requires_grad_(False).named_parameters():
             if name.endswith(".A_log"):
                 parameter.data = parameter.data.float()
         layout = Layout(model)
         check_parity(layout, self.chosen.model, self.device)
-        found: dict[str, Any] = {"start": start, "prune": 0.0, "eval": []}
+        found: dict[str, Any] = {"prune": 0.0, "eval": []}
         if len(calibration):
             self._prune(layout, calibration[:1, :_WARM], _Clock())  # kernels are compiled or loaded
             found["prune"] = self._seconds(lambda clock: self._prune(layout, calibration, clock))
@@ -258,8 +257,8 @@ def _expected(
     pairs = list(zip(windows, parts, runs[-1]["eval"], strict=True))
     evaluation = sum(took * len(ids) / len(part) * twice for ids, part, took in pairs)
     after = [runs[-1]["peak_eval"]["process"] + stream * (len(ids) - len(part)) for ids, part, _ in pairs]
-    here = peak_memory(trial.device)["process"] - runs[-1]["start"]  # the tokenizer, the text and what reads it
-    peak = max([peak, *after]) + missing + max(0, here)
+    reading = peak_memory(trial.device)["process"]  # of this process, which made tokens of the text as a run does
+    peak = max([peak, *after, reading]) + missing
     lines = [
         f"time: about {_clock_text(pruning + evaluation)} on this machine, {_clock_text(pruning)} of it to prune and "
         f"{_clock_text(evaluation)} to evaluate; loading and saving are not counted",
