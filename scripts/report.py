@@ -2,8 +2,7 @@
 
     python scripts/report.py EXPERIMENTS_DIR -o report.html [--plots DIR]
 
-The page opens from disk, needs no network, and links to the run folders. The plots need matplotlib:
-pip install -r requirements-plots.txt
+The page opens from disk, needs no network, and links to the run folders.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sparsessm.errors import ending_in_one_line
-from sparsessm.report.plots import check_matplotlib, write_plots
-from sparsessm.report.report import write_report
+from sparsessm.report.page import write_report
+from sparsessm.report.plots import write_plots
 from sparsessm.report.results import read_runs
 from sparsessm.report.wording import plural
 
@@ -30,8 +29,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="folder for each picture as PNG and PDF")
     options = parser.parse_args(argv)
-    if options.plots:
-        check_matplotlib()
     runs = read_runs(options.experiments)
     write_report(runs, options.experiments, options.output)
     written = [str(options.output), plural(len(runs.finished), "run")]

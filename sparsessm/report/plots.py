@@ -1,45 +1,77 @@
-"""The pictures of figures.py as PNG and PDF, for papers and for wandb: the one module that needs matplotlib."""
+"""Draws the pictures of charts.py and maps.py by matplotlib: SVG for the page, PNG and PDF for papers and for wandb."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
-from sparsessm.errors import InputError, storing
+from sparsessm.errors import storing
 from sparsessm.files import write_whole
-from sparsessm.report import figures
-from sparsessm.report.figures import Axis, HeatMap, LineChart, MaskMap
-from sparsessm.report.palette import DASHES, HEAT, LIGHT, MARKERS, Style
+from sparsessm.report.charts import Axis, LineChart, Picture, pictures
+from sparsessm.report.looks import COLOURS, DASHES, HEAT, MARKERS, Style
+from sparsessm.report.maps import HeatMap
 from sparsessm.report.results import Record
 from sparsessm.report.wording import clipped, number_text, percent_text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MARKERS = dict(zip(MARKERS, "osD^vpXh", strict=True))
-_INK, _MUTED, _RULE = "#1d2126", "#586270", "#dddcd6"
-_POINTS = 0.75  # of a pixel of the page
-_NO_STAMP = {"png": {"Software": None}, "pdf": {"CreationDate": None}}  # the same runs give the same bytes
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif", "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "axes.titlelocation": "left",
-    "axes.edgecolor": _MUTED, "axes.labelcolor": _MUTED, "axes.linewidth": 0.7, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.axisbelow": True, "grid.color": _RULE, "grid.linewidth": 0.6, "text.color": _INK,
-    "xtick.color": _INK, "ytick.color": _INK, "lines.linewidth": 1.4, "lines.markersize": 5, "legend.frameon": False,
-    "legend.fontsize": 7.5, "pdf.fonttype": 42, "savefig.dpi": 200, "text.parse_math": False,
+_INK, _MUTED, _RULE, _CARD = "#1d2126", "#586270", "#dddcd6", "#ffffff"
+_VARIABLES = {colour: f"var(--s{i})" for i, colour in enumerate(COLOURS)} | {
+    _INK: "var(--ink)", _MUTED: "var(--muted)", _RULE: "var(--rule)", _CARD: "var(--card)"
 }  # fmt: skip
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "axes.titlesize": 9,
+    "axes.titlelocation": "left", "axes.edgecolor": _MUTED, "axes.labelcolor": _MUTED, "axes.linewidth": 0.7,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": _RULE, "grid.linewidth": 0.6,
+    "text.color": _INK, "text.parse_math": False, "xtick.color": _MUTED, "ytick.color": _MUTED, "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK, "lines.markersize": 5.5, "legend.frameon": False, "legend.fontsize": 9, "pdf.fonttype": 42,
+    "savefig.dpi": 200, "svg.fonttype": "none",
+}  # fmt: skip
+_NO_STAMP = {"png": {"Software": None}, "pdf": {"CreationDate": None}}  # the same runs give the same bytes
+
+_SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+ElementTree.register_namespace("", _SVG)
+ElementTree.register_namespace("xlink", _LINK)
+
+# In inches: the width of all pictures, a letter, a line of text, the plot of a chart, and a title.
+_WIDTH, _LETTER, _LINE, _HEIGHT, _TITLE = 5.4, 0.075, 0.17, 2.1, 0.45
+_LONGEST = 60  # letters of a name
 
 
-def has_matplotlib() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def check_matplotlib() -> None:
-    """Raises InputError where plots are wanted and matplotlib is not there."""
-    if not has_matplotlib():
-        raise InputError("plots need matplotlib: pip install -r requirements-plots.txt, or leave --plots out")
+def svg(picture: Picture) -> str:
+    """An <svg> element for a page: its text is text, its colours are the page's variables, its ids are its own."""
+    notes: list[str] = []
+    stream = io.BytesIO()
+    with _drawn(picture, notes, titled=False) as figure:
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        top, (width, height) = _TITLE - 0.12, figure.get_size_inches()  # the page has a title of its own
+    root = ElementTree.fromstring(stream.getvalue())
+    root[:] = [child for child in root if child.find(f"{{{_SVG}}}style") is None and not child.tag.endswith("metadata")]
+    for element in root.iter():
+        if element.tag == f"{{{_SVG}}}g":  # no group is referred to, and other pictures have the same
+            name = element.attrib.pop("id", "")
+            if name.startswith("note-"):
+                title = ElementTree.Element(f"{{{_SVG}}}title")
+                title.text = notes[int(name.removeprefix("note-"))]
+                element.insert(0, title)
+        if "style" in element.attrib:
+            style = re.sub(r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), element.attrib["style"])
+            element.attrib["style"] = re.sub(r"font-family: [^;]*;? ?", "", style)
+    box = " ".join(f"{72 * inches:g}" for inches in (0.0, top, width, height - top))
+    root.attrib = {"viewBox": box, "role": "img", "aria-label": picture.description}
+    if width > _WIDTH:
+        root.attrib["class"] = "wide"
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def write_plots(records: Sequence[Record], folder: Path) -> list[str]:
@@ -51,7 +83,7 @@ def write_plots(records: Sequence[Record], folder: Path) -> list[str]:
     names: list[str] = []
     with storing(f"--plots {folder}", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        for _, picture in _pictures(records):
+        for picture in pictures(records):
             name = picture.key
             while name in names:
                 name += "-"  # two names that differ in odd characters alone
@@ -63,132 +95,132 @@ def write_plots(records: Sequence[Record], folder: Path) -> list[str]:
 def write_run_plots(record: Record, folder: Path) -> dict[str, Path]:
     """Writes as PNG what one run has to show by itself; returns the files by kind of picture, the same in all runs."""
     files = {}
-    for kind, picture in _pictures([record]):
-        if kind != "perplexity":  # one point
-            files[kind] = folder / f"{kind}.png"
-            _write(picture, [files[kind]])
+    for picture in pictures([record]):
+        if picture.kind not in ("perplexity", "parts"):  # one point, one row
+            files[picture.kind] = folder / f"{picture.kind}.png"
+            _write(picture, [files[picture.kind]])
     return files
 
 
-def _pictures(records: Sequence[Record]) -> Iterator[tuple[str, LineChart | HeatMap | MaskMap]]:
-    """(kind, picture) of all there are, made one after the other."""
-    charts = {
-        "perplexity": figures.perplexity_charts, "states": figures.state_charts, "sensitivity": figures.sensitivity_charts,
-        "time_weights": figures.weight_charts,
-    }  # fmt: skip
-    for kind, make in charts.items():
-        yield from ((kind, chart) for chart in make(records))
-    maps = {"shares": figures.share_map, "state_shares": figures.state_map, "masks": figures.mask_map}
-    for record in records:
-        for kind, show in maps.items():
-            picture = show(record)
-            if isinstance(picture, (HeatMap, MaskMap)):
-                yield kind, picture
-
-
-def _write(picture: LineChart | HeatMap | MaskMap, files: Sequence[Path]) -> None:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    draws: dict[type, Callable[[Figure, Any], None]] = {LineChart: _line_chart, HeatMap: _heat_map, MaskMap: _mask_map}
-    with rc_context(_STYLE):  # some of it is read only when a figure is written
-        figure = Figure(figsize=(4.6, 2.9))  # not pyplot's, whose list of open figures would grow
-        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
-        draws[type(picture)](figure, picture)
+def _write(picture: Picture, files: Sequence[Path]) -> None:
+    with _drawn(picture, [], titled=True) as figure:
         for file in files:
             kind = file.suffix[1:]
             write_whole(file, partial(figure.savefig, format=kind, metadata=_NO_STAMP[kind]))
 
 
-def _line_chart(figure: Figure, chart: LineChart) -> None:
-    axes = figure.add_subplot()
-    axes.set_title("\n".join(clipped(words, 64) for words in (chart.title, chart.note) if words))
-    axes.grid(axis="y")
-    handles: list[tuple[Any, str]] = []
-    for line in chart.series:
-        look = _look(line.style)
-        axes.plot([x for x, _ in line.line], [y for _, y in line.line], **(look | {"marker": None}))
-        axes.plot([x for x, _, _ in line.points], [y for _, y, _ in line.points], **(look | {"linestyle": "none"}))
-        handles.append((_handle(look), clipped(line.label, 64)))
+@contextmanager
+def _drawn(picture: Picture, notes: list[str], titled: bool) -> Iterator[Figure]:
+    """The picture as a figure, which is to be written inside; appends the notes of its points, named note-0, note-1 ..."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({**_STYLE, "svg.hashsalt": picture.key}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font does not have
+        figure = Figure()  # not pyplot's, whose list of open figures would grow
+        axes = _line_chart(figure, picture, notes) if isinstance(picture, LineChart) else _heat_map(figure, picture)
+        if titled:
+            axes.set_title("\n".join(clipped(text, _LONGEST + 8) for text in (picture.title, picture.note) if text))
+        yield figure
+
+
+def _axes(figure: Figure, left: float, right: float, height: float, bottom: float) -> Axes:
+    """Axes with margins in inches; the figure is as high as they need, with space for a title, and wide for long names."""
+    total, width = bottom + height + _TITLE, _WIDTH if left < 2.0 else 1.5 * _WIDTH
+    figure.set_size_inches(width, total)
+    return figure.add_axes((left / width, bottom / total, 1 - (left + right) / width, height / total))
+
+
+def _line_chart(figure: Figure, chart: LineChart, notes: list[str]) -> Axes:
+    from matplotlib.lines import Line2D
+
+    names = [clipped(series.label, _LONGEST) for series in chart.series]
+    looks = [_look(series.style) for series in chart.series]
+    level: dict[str, Any] = {"color": _MUTED, "linestyle": (0, (1, 2)), "linewidth": 1.0}
     if chart.level:
-        look = {"color": _MUTED, "linestyle": (0, (1, 2)), "linewidth": 1.0}
-        axes.axhline(chart.level[0], **look)
-        handles.append((_handle(look), chart.level[1]))
-    _set_axis(axes.xaxis, axes.set_xscale, axes.set_xlabel, chart.x)
-    _set_axis(axes.yaxis, axes.set_yscale, axes.set_ylabel, chart.y)
-    figure.set_figwidth(4.0 + 0.065 * max(len(label) for _, label in handles))
-    shown, labels = zip(*((handle, f" {label}") for handle, label in handles), strict=True)  # with no space "_x" is hidden
-    figure.legend(shown, labels, loc="outside right upper")
+        names, looks = [*names, chart.level[1]], [*looks, level]
+    columns = max(1, min(3, int(5.1 / (0.6 + _LETTER * max(map(len, names), default=0)))))
+    axes = _axes(figure, 0.85, 0.2, _HEIGHT, 0.5 + _LINE * math.ceil(len(names) / columns))
+    axes.grid(axis="y")
+    if chart.level:
+        axes.axhline(chart.level[0], **level)
+    for series, look in zip(chart.series, looks, strict=False):
+        shown = {"marker": ""} if series.points else {"markevery": 0.08 if len(series.line) > 24 else 1}
+        axes.plot([x for x, _ in series.line], [y for _, y in series.line], **(look | shown))
+        for x, y, note in series.points:
+            axes.plot([x], [y], **(look | {"linestyle": "none"}), gid=f"note-{len(notes)}")
+            notes.append(clipped(note, 400))
+    _set_axis(axes, "x", chart.x)
+    _set_axis(axes, "y", chart.y)
+    handles = [Line2D([], [], **look) for look in looks]
+    labels = [f" {name}" for name in names]  # a name that begins with _ would be hidden
+    figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.005, 0.0), ncols=columns, handlelength=2.6,
+                  borderpad=0.1, labelspacing=0.35, columnspacing=1.2)  # fmt: skip
+    return axes
 
 
 def _look(style: Style) -> dict[str, Any]:
-    colour, dash = LIGHT[style.colour], DASHES[style.dash]
+    colour, dash = COLOURS[style.colour], DASHES[style.dash]
     return {
-        "color": colour, "marker": _MARKERS[MARKERS[style.marker]], "markerfacecolor": "white" if style.hollow else colour,
-        "linestyle": (0, tuple(_POINTS * length for length in dash)) if dash else "solid",
+        "color": colour, "marker": MARKERS[style.marker], "markerfacecolor": _CARD if style.hollow else colour,
+        "linestyle": (0, dash) if dash else "solid",
     }  # fmt: skip
 
 
-def _handle(look: dict[str, Any]) -> Any:
-    from matplotlib.lines import Line2D
+def _set_axis(axes: Axes, which: str, about: Axis) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    return Line2D([], [], **look)
-
-
-def _set_axis(axis: Any, set_scale: Any, set_label: Any, about: Axis) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    set_label(about.label)
-    if about.log:
-        set_scale("log")
+    axis = getattr(axes, f"{which}axis")
+    axes.set(**{f"{which}label": about.label})
+    if about.scale == "log":
+        axes.set(**{f"{which}scale": "log"})
         axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
-        axis.set_minor_formatter(NullFormatter())
+    elif about.scale == "symlog":
+        getattr(axes, f"set_{which}scale")("symlog", linthresh=about.linear_to, linscale=0.7)
+    elif about.ticks:
+        axis.set_major_locator(FixedLocator(about.ticks))
     else:
         axis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=about.kind == "index"))
+    axis.set_minor_locator(NullLocator())
     words = percent_text if about.kind == "percent" else number_text
     axis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
 
 
-def _heat_map(figure: Figure, table: HeatMap) -> None:
+def _heat_map(figure: Figure, table: HeatMap) -> Axes:
     import numpy as np
-
-    rows, columns = len(table.rows), len(table.columns)
-    figure.set_size_inches(max(3.6, 1.6 + 0.32 * min(columns, 24)), max(1.9, 1.1 + 0.22 * rows))
-    axes = figure.add_subplot()
-    values = np.array([[np.nan if value is None else value for value in row] for row in table.values])
-    picture = axes.imshow(values, cmap=_shades(), aspect="auto")
-    axes.set_title(table.title)
-    axes.set_xlabel(table.column_label)
-    axes.set_ylabel(table.row_label)
-    every = -(-columns // 24)
-    axes.set_xticks(range(0, columns, every), table.columns[::every])
-    axes.set_yticks(range(rows), [clipped(name, 24) for name in table.rows])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    if columns <= 24:
-        for i, j in np.argwhere(~np.isnan(values)):
-            axes.text(j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", fontsize=6)
-    bar = figure.colorbar(picture, ax=axes, shrink=0.8, aspect=15)
-    bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: percent_text(value))
-
-
-def _mask_map(figure: Figure, masks: MaskMap) -> None:
-    figure.set_size_inches(6.8, 0.7 + min(0.33 * len(masks.layers), 9.0))
-    all_axes = figure.subplots(len(masks.layers), squeeze=False)[:, 0]
-    for axes, (layer, shares) in zip(all_axes, masks.layers, strict=True):
-        axes.imshow(shares, cmap=_shades(deep=True), vmin=0, vmax=1, aspect="auto", interpolation="nearest",
-                    extent=(0, masks.channels, len(shares), 0))  # fmt: skip
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_visible(True)
-        axes.set_ylabel(f"layer {layer}", rotation=0, ha="right", va="center")
-    all_axes[0].set_title(masks.title)
-    all_axes[-1].set_xlabel(f"{masks.channels} channels across, states down; drawn where pruned")
-
-
-def _shades(deep: bool = False) -> Any:
-    """White to the colour of shares; not so deep where numbers stand on it."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("shares", ["#ffffff", HEAT if deep else "#8fbaf0"])
+    rows, columns = len(table.rows), len(table.columns)
+    names = {i: clipped(name, 44) for i, name in enumerate(table.rows) if name}
+    left = 0.45 + _LETTER * max(map(len, names.values()))
+    most = min(0.23 * rows, 0.45 * len(names), max(4.6, 0.1 * len(names)))
+    axes = _axes(figure, left, 1.1, max(0.9, most), 0.45)
+    place, (across, down) = axes.get_position(), figure.get_size_inches()
+    width, height = across * place.width / columns, down * place.height / rows  # of a cell
+    values = np.array([[np.nan if value is None else value for value in row] for row in table.values])
+    low, high = math.floor(np.nanmin(values) * 100 + 1e-9) / 100, math.ceil(np.nanmax(values) * 100 - 1e-9) / 100
+    shades = LinearSegmentedColormap.from_list("shares", [(HEAT, 0.06), (HEAT, 0.75)])  # they stand on any ground
+    shown = axes.imshow(values, cmap=shades, vmin=low, vmax=max(high, low + 0.01), aspect="auto", interpolation="none")
+    axes.set(xlabel=table.column_label, ylabel=table.row_label)
+    every = _every(_LETTER * (0.5 + max(map(len, table.columns))) / width)
+    axes.set_xticks(range(0, columns, every), table.columns[::every])
+    every = _every(0.16 / (height * rows / len(names)))
+    axes.set_yticks(list(names)[::every], list(names.values())[::every])
+    if width > 0.22 and height > 0.15:
+        for i, j in np.argwhere(~np.isnan(values)):
+            axes.text(j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", fontsize=7)
+    cax = figure.add_axes((1 - 0.95 / across, place.y0, 0.12 / across, place.height))
+    ticks = [low, max(high, low + 0.01)]
+    bar = figure.colorbar(shown, cax=cax, label="pruned share", format=percent_text, ticks=ticks)
+    assert bar.solids is not None
+    bar.solids.set(rasterized=True, edgecolor="none")
+    bar.outline.set_visible(False)
+    for one in (axes, bar.ax):
+        one.tick_params(length=0)
+        one.spines[:].set_visible(False)
+    return axes
+
+
+def _every(least: float) -> int:
+    """The least round number that is not below."""
+    return next(n * 10**power for power in range(9) for n in (1, 2, 5) if n * 10**power >= least)

@@ -34,8 +34,8 @@ _TIME_OPTIONS = {"power": "time_power", "discount": "time_discount", "window": "
 
 _MOST = 1e300  # no figure of a run is as large, and what draws it computes with powers of ten
 
-# As JSON gives them back.
-_DEFAULTS = {s.name: list(s.default) if isinstance(s.default, tuple) else s.default for s in dataclasses.fields(Options)}
+# Of the options, as JSON gives them back.
+DEFAULTS = {s.name: list(s.default) if isinstance(s.default, tuple) else s.default for s in dataclasses.fields(Options)}
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,16 @@ class Record:
         return found
 
     @property
+    def removals(self) -> dict[int, float]:
+        """Perplexity on the calibration text after each removed layer or SSM, in the order of removal."""
+        found: dict[int, float] = {}
+        for event in self.events if self.removes_parts else ():
+            layer, value = event.get("layer"), event.get("perplexity", math.nan)
+            if event.get("event") == "layer" and _is_whole(layer) and _is_number(value) and 0 < value < _MOST:
+                found[layer] = float(value)
+        return found
+
+    @property
     def memory_after(self) -> dict[str, dict[str, float]]:
         """Peak bytes so far, by place, at the end of each phase of the process that ended the run."""
         found: dict[str, dict[str, float]] = {}
@@ -170,9 +180,9 @@ class Record:
         """The arguments after `python` that repeat this run, without paths of outputs."""
         words = ["main.py", self.model, str(self.options.get("dataset"))]
         for name, value in self.options.items():
-            if name not in _DEFAULTS or name in ("model", "dataset", *PLACES) or value is None:
+            if name not in DEFAULTS or name in ("model", "dataset", *PLACES) or value is None:
                 continue
-            if value != _DEFAULTS[name]:
+            if value != DEFAULTS[name]:
                 words.append(f"--{name}")
                 words += map(str, value if isinstance(value, list) else [] if value is True else [value])
         return shlex.join(words)
@@ -261,7 +271,7 @@ def _cannot_list(error: OSError) -> None:
     raise InputError(f"{error.filename} cannot be listed ({error.strerror}): make it readable")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, float) or _is_whole(value)
 
 

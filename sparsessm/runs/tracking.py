@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sparsessm import files
 from sparsessm.errors import InputError, SparseSSMError, StorageError, check_interrupted, first_line, storage_reason, storing
-from sparsessm.report.plots import has_matplotlib, write_run_plots
+from sparsessm.report.plots import write_run_plots
 from sparsessm.report.results import read_run
 from sparsessm.runs.journal import FOLDER as JOURNAL
 from sparsessm.runs.journal import remove_journal
@@ -160,12 +160,9 @@ class Run:
                 self._wandb = None
 
     def _log_plots(self) -> None:
-        """Hands the pictures of this run to wandb, where there is matplotlib to draw them."""
+        """Hands the pictures of this run to wandb."""
         import wandb
 
-        if not has_matplotlib():
-            logger.info("wandb: no pictures, because matplotlib is not installed (pip install -r requirements-plots.txt)")
-            return
         with tempfile.TemporaryDirectory() as folder:
             drawn = write_run_plots(read_run(self._mine), Path(folder))
             if drawn:

@@ -45,7 +45,7 @@ def run_report():
     return lambda argv: module.main([str(word) for word in argv])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_run():
     """write_run(folder, metrics, **options) makes a run folder by hand: a dense one on the demo, but for what is given."""
 
@@ -78,14 +78,3 @@ def hostile(tmp_path, write_run):
     (tmp_path / "e" / "<i>stopped").mkdir()
     (tmp_path / "e" / "<i>stopped" / "options.json").write_text("{}")
     return SimpleNamespace(folder=folder, text=HOSTILE)
-
-
-@pytest.fixture
-def no_matplotlib(monkeypatch):
-    """Makes matplotlib look as if it were not installed."""
-    present = importlib.util.find_spec
-
-    def find(name, *rest):
-        return None if name == "matplotlib" else present(name, *rest)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find)

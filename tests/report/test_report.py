@@ -9,13 +9,11 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import pytest
+from markupsafe import escape
 
-from sparsessm.report import palette
 from sparsessm.report.results import read_run, read_runs
 from sparsessm.report.wording import short_names
 
@@ -73,7 +71,7 @@ def parsed(page):
 
 def table_of(found, name):
     head, *rows = found.rows[name]
-    return [{title[1]: cell for title, cell in zip(head, row, strict=True)} for row in rows]
+    return [{title[1].strip(): [cell[0], cell[1].strip()] for title, cell in zip(head, row, strict=True)} for row in rows]
 
 
 def test_the_table_shows_the_figures_of_metrics_json(page, experiments):
@@ -98,7 +96,7 @@ def test_the_table_shows_the_figures_of_metrics_json(page, experiments):
 
 def test_the_page_stands_alone(page, experiments):
     text, found = page.read_text(), parsed(page)
-    assert not re.search(r"https?://", text.replace("http://www.w3.org/2000/svg", ""))
+    assert not re.search(r"https?://", re.sub(r'xmlns(:xlink)?="http://www.w3.org/[0-9]{4}/(svg|xlink)"', "", text))
     assert "1 unfinished run: stopped/20260101-000000" in text and "torch&nbsp;" in text
     assert len(set(found.ids)) == len(found.ids)
     for link in found.links:
@@ -107,10 +105,9 @@ def test_the_page_stands_alone(page, experiments):
         elif not link.startswith("data:image/png;base64,"):
             assert (page.parent / link / "metrics.json").is_file()
     assert sum(link.startswith("./../") or link.startswith("./") for link in found.links) == 2 * 5
-    policy = re.search(r"script-src '([^']+)'; style-src '([^']+)'", text)
-    for kind, hashed in zip(("script", "style"), policy.groups(), strict=True):
-        (content,) = re.findall(f"<{kind}>(.*?)</{kind}>", text, re.S)
-        assert hashed == "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    (content,) = re.findall("<script>(.*?)</script>", text, re.S)
+    digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text
     assert not list(page.parent.glob(".*"))
 
 
@@ -124,7 +121,7 @@ def test_the_page_draws_every_picture(page):
     assert len(labels) == 6 + 4 * 2 + 1  # charts, states and masks of four runs, the shares of one
     (chart,) = [label for label in labels if label.startswith("demo on demo: A_log pruned.")]
     assert re.search(r"magnitude: \d+(\.\d+)? at 50 %", chart)
-    assert "30 % of A_log in layers 0 to 5" in text
+    assert "30 % of A_log in 6 layers" in text
 
 
 def test_zero_shot_and_infinite_perplexity_are_shown(tmp_path, capsys, run_report, write_run):
@@ -147,7 +144,7 @@ def test_nothing_that_a_file_says_becomes_markup(hostile, tmp_path, run_report):
     assert run_report([tmp_path / "e", "-o", target]) == 0
     text, found = target.read_text(), parsed(target)
     assert found.names.count("script") == 1 and "img" not in found.names and not found.events and "i" not in found.names
-    assert html.escape(hostile.text) in text and hostile.text not in text and "<i>stopped" not in text
+    assert str(escape(hostile.text)) in text and hostile.text not in text and "<i>stopped" not in text
     assert not [link for link in found.links if not link.startswith(("#", "./", "data:image/png;base64,"))]
     rows = table_of(found, "results-table")
     head = f"perplexity {short_names([hostile.text])[hostile.text]}"
@@ -191,96 +188,3 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path, capsys, run_report, w
         assert run_report([tmp_path / "e", "-o", target]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "taken"] and not list(folder.iterdir())
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync --enable-logging=stderr""".split()
-
-PROBE = """
-console.log("probe");
-const rows = () => [...document.querySelectorAll("#results tbody tr")];
-const column = (name) => [...document.querySelectorAll("#results thead th")].findIndex(
-  (head) => head.querySelector("button").textContent === name);
-const values = (name) => rows().map((row) => row.cells[column(name)].dataset.value);
-const click = (name) => document.querySelectorAll("#results thead button")[column(name)].click();
-const sorted = (name) => {
-  click(name);
-  return [values(name), document.querySelectorAll("#results th")[column(name)].ariaSort];
-};
-const choose = (name, value) => {
-  const select = document.querySelector(`select[data-filter="${name}"]`);
-  select.value = value;
-  select.dispatchEvent(new Event("change"));
-};
-const seen = (selector) => [...document.querySelectorAll(selector)].filter((part) => part.checkVisibility()).length;
-const found = { title: document.title, before: values("perplexity demo"), controls: seen("select") };
-found.up = sorted("perplexity demo");
-found.down = sorted("perplexity demo");
-found.shares = [sorted("sparsity"), sorted("sparsity")];
-found.methods = sorted("method");
-choose("method", "sparsessm");
-const shown = () => document.getElementById("shown").value;
-found.filtered = [seen("#results tbody tr"), seen("#cost tbody tr"), seen("details.run"), shown()];
-choose("method", "");
-found.all = [seen("#results tbody tr"), shown()];
-found.open = seen("details.run[open]");
-document.getElementById("open-all").click();
-found.opened = seen("details.run[open]");
-found.ground = getComputedStyle(document.body).backgroundColor;
-found.wide = document.documentElement.scrollWidth <= document.documentElement.clientWidth;
-found.line = getComputedStyle(document.querySelector("svg.chart .line")).stroke;
-document.body.append(Object.assign(document.createElement("pre"), { id: "found", textContent: JSON.stringify(found) }));
-"""
-
-
-def in_browser(page, tmp_path, *flags, fragment=""):
-    """What a headless Chromium finds on a copy of the page that ends with the probe, and what its console said."""
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on this machine")
-    text = page.read_text()
-    allowed = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
-    text = text.replace("script-src ", f"script-src 'sha256-{allowed}' ", 1)
-    copy = tmp_path / "probe.html"
-    copy.write_text(text.replace("</body>", f"<script>{PROBE}</script></body>"))
-    argv = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, "--window-size=1366,768", "--dump-dom"]
-    done = subprocess.run([*argv, copy.as_uri() + fragment], capture_output=True, text=True, timeout=120)
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
-    assert found, done.stderr[-2000:]
-    return SimpleNamespace(**json.loads(html.unescape(found[1]))), console, done.stdout
-
-
-def test_the_page_works_in_a_browser(page, experiments, tmp_path):
-    found, console, _ = in_browser(page, tmp_path)
-    assert len(console) == 1 and "probe" in console[0]  # the console is heard, and nothing but the probe speaks
-    figures_of = sorted(record.perplexity["demo"] for record in read_runs(experiments).finished)
-    assert [[float(v) for v in found.up[0]], found.up[1]] == [figures_of, "ascending"] and found.before != found.up[0]
-    assert [[float(v) for v in found.down[0]], found.down[1]] == [figures_of[::-1], "descending"]
-    assert [values for values, _ in found.shares] == [["0.3", "0.5", "0.5", "0.5", ""], ["0.5", "0.5", "0.5", "0.3", ""]]
-    assert found.methods[0] == ["dense", "magnitude", "sparsessm", "sparsessm", "sparsessm_dev"]
-    assert found.filtered == [2, 2, 2, "2 of 5 runs"] and found.all == [5, "5 of 5 runs"]
-    assert found.open == 1 and found.opened == 5 and found.controls == 2 and found.wide
-
-
-def test_the_page_is_dark_where_the_reader_is(page, tmp_path):
-    light, _, _ = in_browser(page, tmp_path)
-    dark, console, _ = in_browser(page, tmp_path, "--force-dark-mode")
-    assert light.ground == "rgb(251, 250, 247)" and dark.ground == "rgb(20, 23, 27)" and len(console) == 1
-    as_rgb = ["rgb({}, {}, {})".format(*bytes.fromhex(colours[0][1:])) for colours in (palette.LIGHT, palette.DARK)]
-    assert [light.line, dark.line] == as_rgb
-
-
-def test_hostile_names_run_nothing_in_a_browser(hostile, tmp_path, run_report):
-    target = tmp_path / "r.html"
-    assert run_report([tmp_path / "e", "-o", target]) == 0
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on this machine")
-    argv = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", target.as_uri()]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
-    assert "<title>Pruning runs: e</title>" in done.stdout and "CONSOLE" not in done.stderr
-
-
-def test_a_link_to_a_run_opens_it(page, tmp_path):
-    found, _, document = in_browser(page, tmp_path, fragment="#run-5")
-    assert found.open == 2 and re.search(r'id="run-5"[^>]* open', document)
