@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sparsessm.errors import ending_in_one_line
+from sparsessm.report.page import write_report
 from sparsessm.report.plots import write_plots
-from sparsessm.report.report import write_report
 from sparsessm.report.results import read_runs
 from sparsessm.report.wording import plural
 

@@ -34,7 +34,7 @@ _TIME_OPTIONS = {"power": "time_power", "discount": "time_discount", "window": "
 
 _MOST = 1e300  # no figure of a run is as large, and what draws it computes with powers of ten
 
-# As JSON gives them back.
+# Of the options, as JSON gives them back.
 DEFAULTS = {s.name: list(s.default) if isinstance(s.default, tuple) else s.default for s in dataclasses.fields(Options)}
 
 
@@ -139,6 +139,16 @@ class Record:
                 for module, value in event.items():
                     if _is_number(value) and abs(value) < _MOST and module not in ("seconds", "layer"):
                         found.setdefault(module, {})[layer] = value
+        return found
+
+    @property
+    def removals(self) -> dict[int, float]:
+        """Perplexity on the calibration text after each removed layer or SSM, in the order of removal."""
+        found: dict[int, float] = {}
+        for event in self.events if self.removes_parts else ():
+            layer, value = event.get("layer"), event.get("perplexity", math.nan)
+            if event.get("event") == "layer" and _is_whole(layer) and _is_number(value) and 0 < value < _MOST:
+                found[layer] = float(value)
         return found
 
     @property
@@ -261,7 +271,7 @@ def _cannot_list(error: OSError) -> None:
     raise InputError(f"{error.filename} cannot be listed ({error.strerror}): make it readable")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, float) or _is_whole(value)
 
 

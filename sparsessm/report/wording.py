@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import TypeVar
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Item = TypeVar("_Item")
 
 
 def perplexity_text(value: float) -> str:
@@ -38,8 +42,8 @@ def plural(count: int, noun: str) -> str:
 
 
 def clipped(text: str, length: int) -> str:
-    """At most `length` characters, the last an ellipsis where some are left out; what no picture can hold is replaced."""
-    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text[: length + 1])
+    """At most `length` characters that can be printed, the last an ellipsis where some are left out."""
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -66,3 +70,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 def slug(text: str) -> str:
     """A name for a file or an anchor."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.").lower()[:80] or "unnamed"
+
+
+def grouped(pairs: Iterable[tuple[_Key, _Item]]) -> dict[_Key, list[_Item]]:
+    """The items of each key, both in the order in which they came."""
+    found: dict[_Key, list[_Item]] = {}
+    for key, item in pairs:
+        found.setdefault(key, []).append(item)
+    return found

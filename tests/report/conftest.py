@@ -45,7 +45,7 @@ def run_report():
     return lambda argv: module.main([str(word) for word in argv])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_run():
     """write_run(folder, metrics, **options) makes a run folder by hand: a dense one on the demo, but for what is given."""
 
