@@ -31,7 +31,7 @@ FIGURES: dict[tuple[str, str], list[tuple[str, float]]] = {}
 PLACES = {"MODEL": "demo", "DATASET": "demo", "TEXT_FOLDER": "texts", "METHOD": "magnitude"}
 # What is added to a command so that it takes seconds: fewer runs of the same kind.
 FEWER = {
-    "scripts/reproduce.py": ["--only", "sparsessm", "--seeds", "0", "--workers", "2"],
+    "scripts/reproduce.py": ["--only", "dense", "--seeds", "0"],
     "scripts/sweep_local.py": ["--set", "model_path=demo", "dataset=demo", "seqlen=64", "nsamples=4", "eval_windows=4",
                                "aggregate=vote", "saliency=a_log", "--seeds", "0"],
 }  # fmt: skip
