@@ -163,7 +163,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
     package = {str(file.relative_to(installed)) for file in (installed / "sparsessm").rglob("*") if file.is_file()}
     listed = subprocess.run(["git", "ls-files", "sparsessm"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert package == set(listed)
-    data = ("py.typed", "report/report.css", "report/report.html", "report/report.js")
+    data = ("py.typed", "report/page.css", "report/page.html", "report/page.js")
     assert {f"sparsessm/{name}" for name in data} <= package
     assert {file.name for file in installed.iterdir()} == {"sparsessm", f"sparsessm-{sparsessm.__version__}.dist-info"}
 
