@@ -86,7 +86,7 @@ def evaluation(
     Raises:
         sparsessm.errors.InputError: the text is not available, or is shorter than a window.
     """
-    return text.cut_windows(text.evaluation_stream(dataset, tokenizer, seqlen, data_dir).ids, seqlen, windows)
+    return text.evaluation_windows(dataset, tokenizer, seqlen, windows, data_dir)
 
 
 def perplexity(

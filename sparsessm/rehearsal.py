@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsessm.corpora import text
 from sparsessm.errors import MemoryLimitError
-from sparsessm.layerwise.memory import default_budget, keep_freed, peak_memory
+from sparsessm.layerwise.memory import default_budget, keep_freed, peak_memory, placement
 from sparsessm.layerwise.parity import check_parity
 from sparsessm.layerwise.stream import Stream
 from sparsessm.metrics.perplexity import perplexity
@@ -57,9 +57,7 @@ def rehearse(chosen: Options, source: checkpoint.Source, first: int, stop: int, 
     """
     tokenizer = load_tokenizer(source)
     windows = {
-        name: text.cut_windows(
-            text.evaluation_stream(name, tokenizer, chosen.seqlen, chosen.data_dir).ids, chosen.seqlen, chosen.eval_windows
-        )
+        name: text.evaluation_windows(name, tokenizer, chosen.seqlen, chosen.eval_windows, chosen.data_dir)
         for name in chosen.evaluation_sets
     }
     calibration = torch.empty(0, chosen.seqlen, dtype=torch.int64)
@@ -172,9 +170,7 @@ class _Trial:
     def run(self, calibration: Tensor, windows: Sequence[Tensor]) -> dict[str, Any]:
         """Seconds for all layers of the whole model to prune, and to evaluate each text; peaks of memory after each."""
         model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
-        for name, parameter in model.requires_grad_(False).named_parameters():
-            if name.endswith(".A_log"):
-                parameter.data = parameter.data.float()
+        checkpoint.widen_A_log(model.requires_grad_(False))
         layout = Layout(model)
         check_parity(layout, self.chosen.model, self.device)
         found: dict[str, Any] = {"prune": 0.0, "eval": []}
@@ -182,7 +178,7 @@ class _Trial:
             self._prune(layout, calibration[:1, :_WARM], _Clock())  # kernels are compiled or loaded
             found["prune"] = self._seconds(lambda clock: self._prune(layout, calibration, clock))
         found["peak"] = peak_memory(self.device)
-        place = {"device": self.device, "offload": self.offload, "batch": self.chosen.eval_batch}
+        place = placement(self.device, self.chosen.offload, self.chosen.memory_budget) | {"batch": self.chosen.eval_batch}
         for ids in windows:
             found["eval"].append(self._seconds(partial(_evaluate, layout, ids, place)))
         return found | {"peak_eval": peak_memory(self.device)}
@@ -196,15 +192,10 @@ class _Trial:
 
     def _prune(self, layout: Layout, windows: Tensor, clock: _Clock) -> None:
         chosen = self.chosen
-        budget = None if chosen.memory_budget is None else int(chosen.memory_budget * 2**30)
-        place = {"device": self.device, "offload": self.offload, "batch": chosen.calib_batch, "budget": budget}
+        place = placement(self.device, chosen.offload, chosen.memory_budget) | {"batch": chosen.calib_batch}
         if self.plan.transitions and self.plan.transitions.pattern.removes:
             layout = Layout(copy.deepcopy(layout.model))  # it can be removed once
         prune(Job(layout, lambda: Stream.embed(layout, windows, **place), 0, len(self.counts), clock), self.plan, windows)
-
-    @property
-    def offload(self) -> Any:
-        return {"device": self.device, "cpu": "cpu", "disk": "disk"}[self.chosen.offload]
 
 
 def _evaluate(layout: Layout, ids: Tensor, place: dict[str, Any], clock: _Clock) -> None:

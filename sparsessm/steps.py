@@ -20,7 +20,7 @@ from sparsessm.corpora import text
 from sparsessm.corpora.names import HUB_IDS
 from sparsessm.errors import InputError, NumericalError
 from sparsessm.layerwise import distributed
-from sparsessm.layerwise.memory import peak_memory
+from sparsessm.layerwise.memory import peak_memory, placement
 from sparsessm.layerwise.parity import check_parity
 from sparsessm.layerwise.stream import Stream
 from sparsessm.metrics import zero_shot
@@ -55,9 +55,7 @@ class Steps:
     ) -> None:  # fmt: skip
         self.chosen, self.log, self.journal, self.source, self.device = chosen, log, journal, source, device
         self.tasks = tasks
-        budget = None if chosen.memory_budget is None else int(chosen.memory_budget * 2**30)
-        offload = {"device": device, "cpu": "cpu", "disk": "disk"}[chosen.offload]
-        self.placement: dict[str, Any] = {"device": device, "offload": offload, "budget": budget, "scratch": folder}
+        self.placement = placement(device, chosen.offload, chosen.memory_budget) | {"scratch": folder}
         self.seconds = {"load": 0.0, "prune": 0.0, "eval": 0.0}
         self.result = Result()
         self.hashes: dict[str, str] = {}

@@ -8,8 +8,9 @@ from sparsessm.errors import InputError
 
 DATASETS = ("wikitext2", "ptb", "c4", "demo")
 
-# What the model card names: their ids on the Hugging Face hub.
+# Their ids on the Hugging Face hub.
 HUB_IDS = {"wikitext2": "Salesforce/wikitext", "ptb": "ptb-text-only/ptb_text_only", "c4": "allenai/c4"}
+
 
 @dataclass(frozen=True)
 class Name:

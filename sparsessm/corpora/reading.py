@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsessm.corpora import c4
+from sparsessm.corpora.names import HUB_IDS
 from sparsessm.corpora.sources import COLUMNS, Source
 from sparsessm.errors import InputError, first_line
 
@@ -194,7 +195,7 @@ def _load_hub(source: Source) -> tuple[Any, str]:
 
     attempts: list[tuple[tuple[str, ...], dict[str, Any]]]
     if source.dataset == "wikitext2":
-        attempts = [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": source.split})]
+        attempts = [((HUB_IDS["wikitext2"], "wikitext-2-raw-v1"), {"split": source.split})]
     elif source.dataset == "c4":
         attempts = [(("json",), {"data_files": {"train": c4.FILES[source.split]}, "split": "train"})]
     else:
@@ -203,7 +204,7 @@ def _load_hub(source: Source) -> tuple[Any, str]:
         converted = {"revision": "refs/convert/parquet", "split": source.split}
         file = PTB_FILES.format(split=source.split)
         attempts = [
-            (("ptb-text-only/ptb_text_only",), converted),
+            ((HUB_IDS["ptb"],), converted),
             (("parquet",), {"data_files": {"train": file}, "split": "train"}),
         ]
     for arguments, keywords in attempts:

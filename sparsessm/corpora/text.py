@@ -112,6 +112,13 @@ def evaluation_stream(name: str, tokenizer: Any, seqlen: int, data_dir: str | Pa
     return Tokens(stream, _sha256(stream), _sha256_of_text(texts), source)
 
 
+def evaluation_windows(
+    name: str, tokenizer: Any, seqlen: int, limit: int | None = None, data_dir: str | Path | None = None
+) -> Tensor:
+    """The evaluation text in windows (n, seqlen), the first `limit` of them; raises as `evaluation_stream`."""
+    return cut_windows(evaluation_stream(name, tokenizer, seqlen, data_dir).ids, seqlen, limit)
+
+
 def cut_windows(ids: Tensor, seqlen: int, limit: int | None = None) -> Tensor:
     """Cut a stream (T,) into its floor(T / seqlen) whole windows (n, seqlen), and keep the first `limit` of them.
 

@@ -10,6 +10,7 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,12 @@ def device_named(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name} is not available here: use cpu, or a device that torch sees") from None
     return device
+
+
+def placement(device: torch.device, offload: str, gib: float | None) -> dict[str, Any]:
+    """What Stream.embed takes for --offload (device, cpu or disk) and --memory_budget (GiB, None for the default)."""
+    where = {"device": device, "cpu": "cpu", "disk": "disk"}[offload]
+    return {"device": device, "offload": where, "budget": None if gib is None else int(gib * 2**30)}
 
 
 def default_budget(device: torch.device) -> int:

@@ -208,10 +208,16 @@ def load(source: Source, dtype: str = "auto") -> PreTrainedModel:
         if not torch.isfinite(parameter).all():
             remedy = "the weights are broken" if parameter.dtype == torch.float32 else "try --dtype float32"
             raise InputError(f"{source.name}: {name} has values that are not finite: {remedy}")
-        if name.endswith(".A_log"):
-            parameter.data = parameter.data.float()
+    widen_A_log(model)
     model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return model.eval().requires_grad_(False)
+
+
+def widen_A_log(model: torch.nn.Module) -> None:
+    """Makes A_log float32, whatever the dtype of the other parameters."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".A_log"):
+            parameter.data = parameter.data.float()
 
 
 def _check_found(source: Source, found: dict[str, Any]) -> None:

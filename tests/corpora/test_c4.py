@@ -5,7 +5,6 @@ import json
 import random
 
 import pytest
-from transformers import AutoTokenizer
 
 from sparsessm.corpora import c4
 from sparsessm.corpora.text import calibration_windows, evaluation_stream
@@ -14,17 +13,9 @@ from sparsessm.errors import InputError
 DOCUMENTS = 1500
 
 
-@pytest.fixture(scope="module")
-def tokenizer(demo_dir):
-    return AutoTokenizer.from_pretrained(demo_dir)
-
-
 @pytest.fixture
-def shards(tmp_path, monkeypatch):
+def shards(tmp_path, monkeypatch, private_cache):
     """The files of both splits; nine in ten documents are shorter than 40 tokens."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     draw = random.Random(0)
     files = {}
     for split in ("train", "validation"):

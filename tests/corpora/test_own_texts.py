@@ -6,7 +6,6 @@ import json
 import os
 
 import pytest
-from transformers import AutoTokenizer
 
 from sparsessm.corpora import reading, sources
 from sparsessm.corpora.names import Name, parts_of, with_full_path
@@ -14,19 +13,8 @@ from sparsessm.corpora.text import calibration_windows, check_dataset, evaluatio
 from sparsessm.errors import InputError
 
 ROWS = ["The state decays slowly.", "It \"remembers\", a little.\nTwo lines.", "", "The last row."]
+pytestmark = pytest.mark.usefixtures("private_cache")
 ENDINGS = [ending for group in sources.KINDS.values() for ending in group if ending != ".txt"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_dir):
-    return AutoTokenizer.from_pretrained(demo_dir)
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def write(path, rows, column="text", **others):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from sparsessm.corpora import sources
 from sparsessm.corpora.text import (
@@ -33,18 +32,6 @@ LINES = " \n = Title = \n   \n First line . \n Last line ."
 CALIBRATION = "  = Title = \n   First line . \n  Last line ."  # ["", " = Title = \n", "", " First line . \n", ...]
 EVALUATION = "\n\n = Title = \n\n\n\n\n First line . \n\n\n Last line ."
 SENTENCES = ["no it was n't black monday", "the market rose", "prices fell"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(REPOSITORY / "data" / "mamba-demo")
-
-
-@pytest.fixture
-def private_cache(tmp_path, monkeypatch):
-    """Tables that `datasets` converts on the way must not land in the user's cache."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def sha256(ids: list[int]) -> str:

@@ -15,20 +15,6 @@ from sparsessm.errors import InputError
 SENTENCE = "The state of the model goes on from one step to the next and forgets a little. "
 
 
-@pytest.fixture(scope="module")
-def tokenizer(demo_dir):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(demo_dir)
-
-
-@pytest.fixture
-def private_cache(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 def rows(path, texts):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
