@@ -27,4 +27,4 @@ def test_tensors_get_back_the_memory_of_those_before():
         int(subprocess.run([sys.executable, "-c", CHURN.format(keep=keep)], capture_output=True, check=True).stdout)
         for keep in (True, False)
     ]
-    assert 4 * faults[0] < faults[1] > 1000  # one tensor may meet a system that is short of memory
+    assert faults[0] < 1000 < faults[1]
