@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from sparsessm.commandline import parse
-from sparsessm.errors import BUG, INTERRUPTED, UNUSABLE, InputError, ending_by_signals
+from sparsessm.errors import BUG, INTERRUPTED, UNUSABLE, InputError, check_interrupted, ending_by_signals
+from sparsessm.options import Options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ending_by_signals():
         try:
             chosen, resumed = parse(sys.argv[1:] if argv is None else argv)  # prints --help
-            from sparsessm.run import command
+            command = _imported()
         except InputError as error:
             if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
                 print(f"error: {error}", file=sys.stderr)
@@ -33,6 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("interrupted before anything was started", file=sys.stderr)
             return INTERRUPTED
         return command(chosen, resumed)
+
+
+def _imported() -> Callable[[Options, Path | None], int]:
+    """The command. An interruption that a package made an ImportError of, as transformers does, is one again."""
+    try:
+        from sparsessm.run import command
+    except ImportError:
+        check_interrupted()
+        raise
+    return command
 
 
 if __name__ == "__main__":
