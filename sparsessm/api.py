@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,6 +30,7 @@ from sparsessm.procedure.driver import Job, no_report
 from sparsessm.procedure.fitness import check_model, check_rest
 from sparsessm.procedure.plan import plan_of
 from sparsessm.procedure.prune import prune as prune_by_plan
+from sparsessm.procedure.recovery import recover
 from sparsessm.procedure.removal import RemovedParts
 from sparsessm.result import Result, result_of, versions
 
@@ -144,16 +147,19 @@ def prune(
     check_parity(layout, "the model", where)
     history = history_of(model, layout)
     ledger = Ledger(layout, history)
-    plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
+    plan = plan_of(chosen, layout.targets(chosen.module_kinds, chosen.parts, chosen.module))
     check_rest(chosen, plan, layout, history, first, stop)
 
-    def embed() -> Stream:
-        return Stream.embed(
-            layout, windows, device=where, offload=offload, batch=chosen.calib_batch, gone=history.present()
+    def job(layout: Layout) -> Job:
+        placed = partial(
+            Stream.embed, device=where, offload=offload, batch=chosen.calib_batch, gone=history.present()
         )
+        return Job(layout, lambda: placed(layout, windows), first, stop, report)
 
-    removed = prune_by_plan(Job(layout, embed, first, stop, report), plan, windows)
-    result = result_of(history, ledger, removed)
+    dense = Layout(copy.deepcopy(model)) if chosen.recover else None
+    result = result_of(history, ledger, prune_by_plan(job(layout), plan, windows))
+    if dense is not None:
+        recover(job(layout), job(dense), {**history.present(), **result.masks}, plan.recovery)
     _runs[model], _results[model] = chosen.settings, result
     _histories[model] = history.followed_by(result.masks, result.past, {"options": _runs[model]})
     return result

@@ -21,7 +21,10 @@ def check(options: Any) -> None:
     """
     if options.model is None or options.dataset is None:
         raise InputError("give a MODEL and a DATASET, for example: python main.py demo demo")
-    for name in ("nsamples", "seqlen", "calib_batch", "eval_batch", "blocksize", "eval_windows", "zero_shot_batch"):
+    for name in (
+        "nsamples", "seqlen", "calib_batch", "eval_batch", "blocksize", "eval_windows", "zero_shot_batch", "recover_steps",
+        "recover_passes",
+    ):  # fmt: skip
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, not {value}")
@@ -36,6 +39,9 @@ def check(options: Any) -> None:
         value = getattr(options, name)
         if value is not None and not value >= 0:
             raise InputError(f"--{name} must not be negative, not {value}")
+    for name in ("recover_rate", "recover_block_rate"):
+        if getattr(options, name) <= 0:
+            raise InputError(f"--{name} must be above 0, not {getattr(options, name)}")
     if not 0 < options.time_window <= 1:
         raise InputError(f"--time_window must lie above 0 and at most at 1, not {options.time_window}")
     if options.time_discount <= 0:
@@ -57,6 +63,8 @@ def check(options: Any) -> None:
     if options.method is None:
         if options.prune_A or options.prune_layers or options.sparsity is not None or options.prunem:
             raise InputError(f"say how to prune with --method, one of: {', '.join(METHODS)}")
+        if options.recover:
+            raise InputError("--recover tunes what a method has left: add --method")
         return
     _check_method(options)
     _check_share(options)
@@ -101,17 +109,31 @@ def _check_compensation(options: Any, method: Method) -> None:
     if method.search != "independent" and method.prunes_A_log and not (saliency and saliency.interacts):
         able = [key for key, value in SALIENCIES.items() if value.interacts]
         raise InputError(f"--search {method.search} needs a saliency that knows how entries interact: {', '.join(able)}")
-    if options.polish and method.weights != "obs":
+    solved = method.weights in ("obs", "obc")
+    if options.polish and not solved:
         raise InputError(f"--polish refines the weights of OBS, which --method {options.method} does not use")
+    scored = options.prune_A and saliency and saliency.interacts
+    if method.importance != "none" and not (solved if options.prune_layers else scored):
+        raise InputError(
+            f"--importance {method.importance} is for --weights obs and obc, and --saliency output: give --importance none"
+        )
     if options.structure not in (None, "entries") and not options.prune_A:
         raise InputError(f"--structure {options.structure} removes parts of the SSM: give --prune_A")
-    if options.alpha and method.allocation == "output":
-        raise InputError("--allocation output needs no --alpha: leave one of them out")
+    if options.alpha and method.allocation in ("output", "loss"):
+        raise InputError(f"--allocation {method.allocation} needs no --alpha: leave one of them out")
     plain = (method.compensate, method.module_order) == ("none", "parallel")
     if options.alpha and method.allocation == "sensitivity" and not plain:
         raise InputError("--alpha cannot be combined with --compensate and --module_order: use --allocation output")
-    if method.allocation == "output" and not options.spreads(method):
-        raise InputError("--allocation output spreads an unstructured sparsity: leave it out with N:M and columns")
+    if method.allocation in ("output", "loss") and not options.spreads(method):
+        raise InputError(
+            f"--allocation {method.allocation} spreads an unstructured sparsity: leave it out with N:M and columns"
+        )
+    if method.allocation == "loss" and (
+        (options.prune_layers and method.weights != "obc") or (options.prune_A and not scored)
+    ):
+        raise InputError(
+            "--allocation loss knows the costs of --weights obc and --saliency output: use these, or --allocation uniform"
+        )
 
 
 def _check_removal(options: Any) -> None:
@@ -125,6 +147,8 @@ def _check_removal(options: Any) -> None:
             "--shed_target ssm needs --prune_A, without --prune_layers; "
             "to remove whole blocks give --prune_layers and --shed_target mamba_block"
         )
+    if target == "mamba_block" and "blocks" in options.recover:
+        raise InputError("--recover blocks needs every block that the dense model has: use --recover model")
     if target == "mamba_block" and not options.prune_layers:
         raise InputError("--shed_target mamba_block removes weights as well: give --prune_layers")
 

@@ -15,12 +15,15 @@ from sparsessm.pruning.methods import (
     ALLOCATIONS,
     COMPENSATIONS,
     CONV_HESSIANS,
+    IMPORTANCES,
     METHODS,
     MODULE_ORDERS,
     PRUNED_A_LOG,
+    RECOVERIES,
     REMOVAL_TARGETS,
     SEARCHES,
     STRUCTURES,
+    WEIGHT_RULES,
     Method,
 )
 from sparsessm.pruning.saliency import SALIENCIES
@@ -41,6 +44,7 @@ GROUPS = {
     "model": "most used",
     "prunen": "what is pruned",
     "saliency": "in place of a part of the method",
+    "recover": "recovery",
     "pruned_transition": "details of pruning",
     "data_dir": "what is measured, and on what",
     "dtype": "where it is computed",
@@ -68,7 +72,10 @@ def _flag(about: str, *, names: Sequence[str] = ()) -> Any:
 
 
 # Flags that replace the part of a method that has the same name.
-OVERRIDES = ("saliency", "structure", "search", "aggregate", "polish", "module_order", "compensate", "allocation")
+OVERRIDES = (
+    "saliency", "structure", "search", "aggregate", "weights", "importance", "polish", "module_order", "compensate",
+    "allocation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +107,11 @@ class Options:
     prunem: int = _option(0, "M of N:M", type=int)
     minlayer: int = _option(-1, "first layer to prune", type=int)
     maxlayer: int = _option(1000, "layer before which pruning stops", type=int)
-    target_modules: tuple[str, ...] = _option(
-        MODULE_KINDS, "types of modules to prune", nargs="+", choices=MODULE_KINDS
-    )
+    target_modules: tuple[str, ...] | None = _option(
+        None,
+        "types of modules to prune (default: both, but nn.Linear for N:M by sparsessm_obs)",
+        nargs="+", choices=MODULE_KINDS,
+    )  # fmt: skip
     parts: tuple[str, ...] = _option(
         MODULE_PARTS, "parts of layers whose modules are pruned", nargs="+", choices=MODULE_PARTS
     )
@@ -127,6 +136,18 @@ class Options:
         "entries; columns: whole states are removed; heads: whole heads of Mamba-2; instead of the method's",
         choices=STRUCTURES,
     )
+    weights: str | None = _option(
+        None,
+        "rule for the weights: magnitude; wanda; obs, in blocks of columns, as SparseGPT; obc, each row's cheapest weights "
+        "one by one",
+        choices=WEIGHT_RULES,
+    )
+    importance: str | None = _option(
+        None,
+        "what errors of outputs count for: none, all the same; rows, each by what it costs the model's loss; tokens, that "
+        "and each token by its own",
+        choices=IMPORTANCES,
+    )
     polish: int | None = _option(None, "iterations toward the best weights for the mask that OBS ends with", type=int)
     module_order: str | None = _option(
         None,
@@ -140,10 +161,22 @@ class Options:
     ridge: float = _option(0.1, "ridge of the refit toward the old weights, as a share of the mean diagonal", type=float)
     allocation: str | None = _option(
         None,
-        "sparsity of layers and modules: uniform; sensitivity, spread by alpha; output, by measured errors of the blocks",
+        "sparsity of layers and modules: uniform; sensitivity, spread by alpha; output, by measured errors of the blocks; "
+        "loss, one budget of the cheapest steps of obc",
         choices=ALLOCATIONS,
     )
     alpha: float = _option(0.0, "spread of sparsities by sensitivity: from p-alpha to p+alpha", type=float)
+
+    recover: tuple[str, ...] = _option(
+        (),
+        "tune what is not pruned by what the dense model computes on the calibration windows: blocks, one layer after the "
+        "other; model, all together; both in this order",
+        nargs="+", choices=RECOVERIES,
+    )  # fmt: skip
+    recover_steps: int = _option(200, "steps of --recover model, of --calib_batch windows each", type=int)
+    recover_rate: float = _option(1e-3, "learning rate of --recover model", type=float)
+    recover_passes: int = _option(10, "passes of --recover blocks over the windows, for each layer", type=int)
+    recover_block_rate: float = _option(2e-3, "learning rate of --recover blocks", type=float)
 
     pruned_transition: str = _option(
         "zero", "a pruned entry of A_log: zero, no transition; unit, A = -1", choices=tuple(PRUNED_A_LOG)
@@ -198,19 +231,27 @@ class Options:
     def recipe(self) -> Method | None:
         """The method's row, with the parts that flags replace.
 
-        A method's own allocation by output becomes uniform if the pattern does not allow different sparsities.
+        A method's own allocation becomes uniform if the pattern does not allow different sparsities.
         """
         if self.method is None:
             return None
         replaced = {name: getattr(self, name) for name in OVERRIDES if getattr(self, name) is not None}
         recipe = dataclasses.replace(METHODS[self.method], **replaced)
-        if recipe.allocation == "output" and self.allocation is None and not self.spreads(recipe):
+        if recipe.allocation in ("output", "loss") and self.allocation is None and not self.spreads(recipe):
             recipe = dataclasses.replace(recipe, allocation="uniform")
         return recipe
 
     def spreads(self, recipe: Method) -> bool:
         """Whether parts can have different sparsities: not with N:M, nor where whole states are removed."""
         return not self.prunem and not (recipe.structure != "entries" and self.prune_A)
+
+    @property
+    def module_kinds(self) -> tuple[str, ...]:
+        """The types of modules to prune; a method may spare the convolution, whose few taps would each be in a group."""
+        if self.target_modules is not None:
+            return self.target_modules
+        recipe = self.recipe
+        return ("nn.Linear",) if self.prunem and recipe is not None and recipe.spares_conv else MODULE_KINDS
 
     @property
     def settings(self) -> dict[str, Any]:

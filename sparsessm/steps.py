@@ -38,6 +38,7 @@ from sparsessm.procedure.driver import Job
 from sparsessm.procedure.fitness import check_rest, without_ssm
 from sparsessm.procedure.plan import plan_of
 from sparsessm.procedure.prune import prune, reports
+from sparsessm.procedure.recovery import recover
 from sparsessm.procedure.removal import RemovedParts
 from sparsessm.result import Result, result_of, versions
 from sparsessm.runs.journal import Journal, is_number
@@ -84,6 +85,9 @@ class Steps:
                 self._compare_with_published(dense)
         with self._timed("prune"):
             self.result = result_of(self.history, self.ledger, self._prune(layout, first, stop))
+        if chosen.recover:
+            with self._timed("recover"):
+                self._recover(layout, first, stop)
         metrics = self._metrics()
         try:
             with self._timed("eval"):
@@ -125,7 +129,7 @@ class Steps:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         took = time.perf_counter() - start
-        self.seconds[phase] += took
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + took
         self.log.event("phase", phase=phase, took=round(took, 3), peak_memory_bytes=peak_memory(self.device))
 
     def _load(self, first: int, stop: int) -> Layout:
@@ -150,7 +154,7 @@ class Steps:
             shares = self.ledger.shares(history.counts_of(self.history.masks))
             told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share)
             logger.info("pruned before (%s): %s was pruned; it stays pruned, and counts", self.history, told)
-        self.plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
+        self.plan = plan_of(chosen, layout.targets(chosen.module_kinds, chosen.parts, chosen.module))
         if self.plan.weights and (dense := layout.dense()):
             largest = sorted(dense, key=lambda name: -dense[name])[:3]
             logger.info(
@@ -258,6 +262,11 @@ class Steps:
         if self.chosen.method is None:
             return RemovedParts()
         return prune(self._job(layout, first, stop), self.plan, self.calibration.ids)
+
+    def _recover(self, layout: Layout, first: int, stop: int) -> None:
+        dense = Layout(checkpoint.load(self.source, self.chosen.dtype))
+        masks = {**self.history.present(), **self.result.masks}
+        recover(self._job(layout, first, stop), self._job(dense, first, stop), masks, self.plan.recovery)
 
     def _reports(self, layout: Layout, first: int, stop: int) -> int:
         """How many layers will be reported; of whole layers that are removed a few less."""

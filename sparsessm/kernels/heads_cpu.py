@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsessm.compiled import kept, source_of
 from sparsessm.kernels import heads_piece, lanes
-from sparsessm.kernels.compiled import kept, source_of
 from sparsessm.kernels.lanes import LANES
 from sparsessm.kernels.scan_cpu import PIECES, flat, view_of
 from sparsessm.threads import for_each

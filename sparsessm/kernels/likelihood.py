@@ -32,8 +32,8 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled() -> Callable[[Any], None]:
+    from sparsessm.compiled import kept, source_of
     from sparsessm.kernels import lanes, likelihood_piece
-    from sparsessm.kernels.compiled import kept, source_of
 
     source = source_of(lanes, likelihood_piece)
 

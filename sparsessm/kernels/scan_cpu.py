@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsessm.compiled import kept, source_of
 from sparsessm.kernels import lanes, scan_piece
-from sparsessm.kernels.compiled import kept, source_of
 from sparsessm.kernels.lanes import LANES, LOG2E
 from sparsessm.kernels.selective_scan import EFFECTS, ScanStatistics, decays, selective_scan_ref
 from sparsessm.threads import for_each

@@ -249,11 +249,17 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan_ref` by the fastest kernel that there is for the inputs: same arguments, same results to rounding.
 
-    Float64 inputs and inputs that want gradients go to the reference, and so do sums that the kernel does not provide.
+    Float64 inputs go to the reference, and so do sums that the kernel does not provide, and inputs that want gradients where
+    the kernel has none.
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias, h0)
     name = kernel_for(u.device.type)
-    if u.dtype == torch.float64 or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
+    if u.dtype == torch.float64:
+        name = "ref"
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        if name == "cpu" and statistics is None and decays(A, delta, delta_bias, delta_softplus):
+            with_gradient = _kernel_module("gradient").scan_with_gradient
+            return with_gradient(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0)
         name = "ref"
     if statistics is not None and not statistics.wanted() <= provided(name):
         name = "ref"

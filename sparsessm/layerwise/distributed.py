@@ -101,6 +101,11 @@ def share(windows: Tensor, batch: int) -> Tensor:
     return torch.cat(mine) if mine else windows[:0]
 
 
+def batch_number(mine: int) -> int:
+    """The number among all batches of one of this process's, see `share`."""
+    return mine * dist.get_world_size() + rank() if dist.is_initialized() else mine
+
+
 def all_sum(*sums: Tensor) -> None:
     """Replaces each tensor by its sum over all processes."""
     if dist.is_initialized():

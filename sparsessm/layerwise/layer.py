@@ -22,10 +22,10 @@ from sparsessm.kernels.selective_scan import SUM_DTYPE
 from sparsessm.layerwise import distributed
 from sparsessm.layerwise.memory import DiskTensor
 from sparsessm.layerwise.statistics import Accumulator, CrossGram
-from sparsessm.layerwise.stream import Stream
+from sparsessm.layerwise.stream import Importance, Stream
 from sparsessm.layerwise.visit import NO_CALL, Visit, visit
 from sparsessm.models.architecture import ENTERED, Call, Layout, Module
-from sparsessm.models.mixer import Cache, Hooks, Mixer
+from sparsessm.models.mixer import OUT, Cache, Hooks, Mixer
 
 
 class _Caches:
@@ -71,6 +71,9 @@ class Layer:
         self.modules = layout.modules(module) if modules is None else modules
         self.advanced, self._whole = False, layout.whole_windows(module)
         self._prefix, self._in_mixer = f"{layout.layer_name(index)}.", f"{layout.mixer_path(module)}."
+        if self._mixer is not None and stream is not None:
+            known = self.importance(self._mixer.MODULES[-1])
+            self._mixer.importance = None if known is None else known.rows
         self._kept: dict[tuple[int, int], tuple[Any, Tensor]] = {}  # ScanInputs, conv; by first step and first window
 
     def copy(self, module: nn.Module, stream: Stream | None = None) -> Layer:
@@ -132,6 +135,17 @@ class Layer:
         mask = self.stream.gone.get(self.full_name(name))
         return None if mask is None else mask.to(self.stream.device)
 
+    def importance(self, module: str) -> Importance | None:
+        """How much the outputs of a module matter; None where that was not measured."""
+        return self.stream.importance.get(self.full_name(f"{module}.weight"))
+
+    def _tokens(self, module: str, rows: slice, steps: slice) -> Tensor | None:
+        """What the tokens of a piece of some windows count for at a module, (B,L); None for all the same."""
+        known = self.importance(module)
+        if known is None or known.tokens is None:
+            return None
+        return known.tokens[rows, steps].to(self.stream.device)
+
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
         """Gives a parameter new values, in its shape or as a matrix: the only way to change one.
@@ -158,10 +172,16 @@ class Layer:
         With `advance` the outputs take the place of the inputs: for passes that look and change nothing.
         """
         self._kept.clear()  # the hooks want to see all of the layer
-        hooks = {name: accumulator.update for name, accumulator in accumulators.items()}
         until = "end"
-        if not advance and self._mixer is not None and hooks.keys() <= set(self._mixer.MODULES):
-            until = "scan" if self._mixer.MODULES[-1] in hooks else "inputs"  # all that the modules' own inputs need
+        if not advance and self._mixer is not None and accumulators.keys() <= set(self._mixer.MODULES):
+            until = "scan" if self._mixer.MODULES[-1] in accumulators else "inputs"  # all that their own inputs need
+
+        def hooks(rows: slice, steps: slice) -> Hooks:
+            return {
+                name: partial(accumulator.update, tokens=self._tokens(name, rows, steps))
+                for name, accumulator in accumulators.items()
+            }
+
         self._pass(hooks, keep_outputs=advance, until=until)
         for accumulator in accumulators.values():
             distributed.all_sum(*accumulator.tensors())
@@ -247,16 +267,18 @@ class Layer:
         Raises:
             DivergenceError: with `check`, where that is not finite.
         """
-        self._pass({}, keep_outputs=True, check=check)
+        self._pass(lambda rows, steps: {}, keep_outputs=True, check=check)
 
-    def _pass(self, hooks: Hooks, *, keep_outputs: bool, until: str = "end", check: bool = True) -> None:
+    def _pass(
+        self, hooks_of: Callable[[slice, slice], Hooks], *, keep_outputs: bool, until: str = "end", check: bool = True
+    ) -> None:
         """All windows through the layer, batch after batch, each in pieces; check: whether outputs must be finite."""
         stream = self.stream
         finite = torch.ones((), dtype=torch.bool, device=stream.device)
         for rows in stream.batches():
             cache = None
             for steps in self._pieces():
-                kept = self._kept.pop((steps.start, rows.start), None)
+                kept, hooks = self._kept.pop((steps.start, rows.start), None), hooks_of(rows, steps)
                 with self._listening(hooks):
                     seen = self._visit(rows, steps, cache=cache, hooks=hooks, kept=kept, until=until)
                 cache = seen.cache
@@ -272,14 +294,27 @@ class Layer:
             hidden = self.stream.hidden[rows, steps].to(self.stream.device)
         return visit(self.module, self._mixer, hidden, call=self._call(rows, steps), **how)
 
+    def forward(self, rows: slice, hidden: Tensor, hooks: Hooks | None = None) -> Tensor:
+        """What the layer makes of hidden states (B,L,M) of some windows, whole, with gradients where grad mode is on.
+
+        hooks: by the name of a module for its inputs, and by NAME.out for its outputs.
+        """
+        hooks = hooks or {}
+        with self._listening(hooks):
+            return self._visit(rows, slice(0, hidden.shape[1]), hidden, hooks=hooks).out
+
     @contextmanager
     def _listening(self, hooks: Hooks) -> Iterator[None]:
-        """Has the inputs of modules outside the mixer shown to their hooks for a while, (B,L,cols) or (1,tokens,cols)."""
+        """Has modules outside the mixer show what they get and make to hooks for a while, (B,L,cols) or (1,tokens,cols)."""
         with ExitStack() as stack:
-            for name in hooks:
+            for key, hook in hooks.items():
+                name = key.removesuffix(OUT)
                 if self.modules[name].part != "mixer":
-                    module = self.module.get_submodule(self.modules[name].path)
-                    stack.callback(module.register_forward_pre_hook(partial(_show, hooks[name])).remove)
+                    module, show = self.module.get_submodule(self.modules[name].path), partial(_show, hook)
+                    if key == name:
+                        stack.callback(module.register_forward_pre_hook(lambda _, inputs, show=show: show(inputs[0])).remove)
+                    else:
+                        stack.callback(module.register_forward_hook(lambda _, __, output, show=show: show(output)).remove)
             yield
 
     def _pieces(self) -> list[slice]:
@@ -304,8 +339,8 @@ class Layer:
         return Call(*tree_map(cut, (call.arguments, dict(call.keywords))))
 
 
-def _show(hook: Callable[[Tensor], None], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    hook(inputs[0] if inputs[0].dim() == 3 else inputs[0].flatten(0, -2)[None])
+def _show(hook: Callable[[Tensor], None], value: Tensor) -> None:
+    hook(value if value.dim() == 3 else value.flatten(0, -2)[None])
 
 
 @torch.no_grad()

@@ -23,8 +23,11 @@ class Accumulator(Protocol):
     def tensors(self) -> list[Tensor]:
         """All that is summed: what processes add up among themselves."""
 
-    def update(self, inputs: Tensor) -> None:
-        """Adds a batch of inputs, (B,L,columns); for conv1d (B,K-1+L,D), with the inputs before the piece."""
+    def update(self, inputs: Tensor, tokens: Tensor | None = None) -> None:
+        """Adds a batch of inputs, (B,L,columns); for conv1d (B,K-1+L,D), with the inputs before the piece.
+
+        tokens: (B,L), what the products of each token count for; None for 1.
+        """
 
     def merge(self, other: Self) -> None:
         """Adds what another process or another share of the windows has seen."""
@@ -48,8 +51,8 @@ class Gram(_Sum):
         super().__init__(cols, cols, device=device)
         self.skip = skip
 
-    def update(self, inputs: Tensor) -> None:
-        x = inputs[:, self.skip :].flatten(0, 1).float().T.contiguous()  # (cols,B*L)
+    def update(self, inputs: Tensor, tokens: Tensor | None = None) -> None:
+        x = _weighted(inputs[:, self.skip :], tokens).T.contiguous()  # (cols,B*L)
         self.total += linear(x, x)
 
 
@@ -59,8 +62,8 @@ class SquaredNorms(_Sum):
     def __init__(self, cols: int, device: torch.device | str = "cpu") -> None:
         super().__init__(cols, device=device)
 
-    def update(self, inputs: Tensor) -> None:
-        self.total += inputs.float().square().sum((0, 1), dtype=SUM_DTYPE)
+    def update(self, inputs: Tensor, tokens: Tensor | None = None) -> None:
+        self.total += _weighted(inputs, tokens).square().sum(0, dtype=SUM_DTYPE)
 
 
 class ShiftedGram(_Sum):
@@ -69,11 +72,13 @@ class ShiftedGram(_Sum):
     def __init__(self, channels: int, K: int, device: torch.device | str = "cpu") -> None:
         super().__init__(channels, K, K, device=device)
 
-    def update(self, inputs: Tensor) -> None:
+    def update(self, inputs: Tensor, tokens: Tensor | None = None) -> None:
         K = self.total.shape[-1]
         padded = inputs.float()
         steps = padded.shape[1] - (K - 1)
         shifted = [padded[:, k : k + steps] for k in range(K)]  # weight k meets the input K-1-k steps back
+        if tokens is not None:
+            shifted = [x * tokens.sqrt()[..., None] for x in shifted]
         for i in range(K):
             for j in range(i, K):
                 products = (shifted[i] * shifted[j]).sum((0, 1), dtype=SUM_DTYPE)
@@ -101,6 +106,12 @@ class CrossGram(_Sum):
     def merge(self, other: Self) -> None:
         super().merge(other)
         self.cross += other.cross.to(self.cross.device)
+
+
+def _weighted(inputs: Tensor, tokens: Tensor | None) -> Tensor:
+    """Inputs (B,L,columns) as (B*L,columns) float32, each token times the root of its weight (B,L)."""
+    flat = inputs.flatten(0, 1).float()
+    return flat if tokens is None else flat * tokens.flatten().sqrt()[:, None]
 
 
 def hessian(gram: Tensor, nsamples: int) -> Tensor:

@@ -27,6 +27,20 @@ from sparsessm.models.architecture import Call, Layout
 STEPS_AT_ONCE = 128
 
 
+@dataclass(frozen=True)
+class Importance:
+    """How much errors at the outputs of a module matter to the loss of the model.
+
+    Attributes:
+        rows: (rows,), mean over tokens of the squared derivative by each output.
+        tokens: (n,L), its sum over the outputs at the tokens of this process's windows, over the mean of all; None where all
+            tokens count the same.
+    """
+
+    rows: Tensor
+    tokens: Tensor | None = None
+
+
 @dataclass
 class Stream:
     """The residual stream of this process's windows.
@@ -40,6 +54,7 @@ class Stream:
         calls: how each layer is called, by the number of windows in a batch.
         entered: what entered the first layer, of models whose later layers read it again; (0,) of others.
         gone: by parameter name, True where an entry was pruned before this run (models.history).
+        importance: by the full name of a weight.
         steps: time steps that a layer processes together.
     """
 
@@ -51,6 +66,7 @@ class Stream:
     calls: dict[int, list[Call]] = field(default_factory=dict)
     entered: Tensor | DiskTensor = field(default_factory=lambda: torch.empty(0))
     gone: Mapping[str, Tensor] = field(default_factory=dict)
+    importance: Mapping[str, Importance] = field(default_factory=dict)
     steps: int = STEPS_AT_ONCE
 
     @classmethod
@@ -98,6 +114,11 @@ class Stream:
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the stream waits where layers compute."""
+        return isinstance(self.hidden, Tensor) and self.hidden.device == self.device
 
     def batches(self) -> list[slice]:
         return [slice(start, min(start + self.batch, len(self))) for start in range(0, len(self), self.batch)]

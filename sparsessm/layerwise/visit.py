@@ -54,7 +54,7 @@ def visit(
 
     Args:
         hidden: (B,L,M) residual stream. cache: after the piece before, None at the start of a window.
-        hooks: called with the inputs of the mixer's modules they are named after. statistics: for the scan to add to.
+        hooks: see models.mixer.Hooks. statistics: for the scan to add to.
         kept: inputs and conv of an earlier visit, which are then not computed again.
         until: "inputs" of the scan, "scan", or "end".
     """
@@ -65,12 +65,13 @@ def visit(
         seen.inputs, seen.conv = kept or mixer.prepare(hidden_states, None if cache is None else cache.conv, hooks)
         if until == "inputs":
             raise _Enough
-        seen.y, seen.state = mixer.scan(seen.inputs, None if cache is None else cache.state, statistics)
+        state = None if cache is None else cache.state
+        seen.y, seen.state = mixer.scan(seen.inputs, state, statistics, hooks)
         if mixer.MODULES[-1] in hooks:
             hooks[mixer.MODULES[-1]](seen.y)
         if until == "scan":
             raise _Enough
-        return mixer.project(seen.y)
+        return mixer.project(seen.y, hooks)
 
     with suppress(_Enough), nullcontext() if mixer is None else standing_in(mixer.module, forward):
         out = module(hidden, *call.arguments, **call.keywords)

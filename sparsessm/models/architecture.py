@@ -181,6 +181,15 @@ class Layout:
                     seen.add(id(weight))
         return dict(found)
 
+    def is_shared(self, weight: nn.Parameter) -> bool:
+        """Whether several layers have it."""
+        return id(weight) in self._shared
+
+    def embeddings(self) -> frozenset[str]:
+        """Full names of the weights that make vectors of tokens, and logits of vectors."""
+        ends = {id(part.weight) for part in (self.model.get_input_embeddings(), self.model.get_output_embeddings())}
+        return frozenset(name for name, weight in self.model.named_parameters() if id(weight) in ends)
+
     def shrink(self, structure: str) -> None:
         """Writes to the config how many states or heads are left in the mixers."""
         mixer = next(mixer for layer in self.layers if (mixer := self.mixer(layer)) is not None)
@@ -226,7 +235,6 @@ class Layout:
         marked = [tree_map(mark, (call.arguments, dict(call.keywords))) for call in calls]
         return entered, [Call(*call) for call in marked]
 
-    @torch.no_grad()
     def leave(self, hidden: Tensor) -> Tensor:
         """Logits (rows,V) for hidden states (rows,M) that left the last layer."""
         *others, last = self.layers

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsessm.kernels.matmul import linear
 from sparsessm.kernels.selective_scan import ScanStatistics, selective_scan
-from sparsessm.models.mixer import Hooks, Mixer, Removed, ScanInputs, apply_linear, convolved, keep_rows, show
+from sparsessm.models.mixer import NO_HOOKS, OUT, Hooks, Mixer, Removed, ScanInputs, convolved, keep_rows, show
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Mamba1Mixer(Mixer):
         """See Mixer.prepare. conv: (B,K-1,D)."""
         mixer = self.module
         show(hooks, "in_proj", x)
-        u, z = apply_linear(mixer.in_proj, x).chunk(2, dim=-1)  # (B,L,2D) -> (B,L,D), (B,L,D)
+        u, z = self._linear("in_proj", x, hooks).chunk(2, dim=-1)  # (B,L,2D) -> (B,L,D), (B,L,D)
         u, conv = convolved(mixer, u, conv, hooks)
         show(hooks, "x_proj", u)
-        projected = self._normed(apply_linear(mixer.x_proj, u))  # (B,L,R+2N)
+        projected = self._normed(self._linear("x_proj", u, hooks))  # (B,L,R+2N)
         show(hooks, "dt_proj", projected[..., : mixer.dt_proj.weight.shape[1]])
         return ChannelInputs(u, z, projected), conv
 
@@ -49,14 +49,16 @@ class Mamba1Mixer(Mixer):
         return projected
 
     def scan(
-        self, inputs: ChannelInputs, state: Tensor | None, statistics: ScanStatistics | None = None
+        self, inputs: ChannelInputs, state: Tensor | None, statistics: ScanStatistics | None = None, hooks: Hooks = NO_HOOKS
     ) -> tuple[Tensor, Tensor]:
         mixer = self.module
         R, N = mixer.dt_proj.weight.shape[1], mixer.A_log.shape[1]
         delta, B, C = inputs.projected.split([R, N, N], dim=-1)
+        dt = linear(delta, mixer.dt_proj.weight)  # (B,L,R) -> (B,L,D), its bias is the scan's
+        show(hooks, "dt_proj" + OUT, dt)
         return selective_scan(
             inputs.u,
-            linear(delta, mixer.dt_proj.weight),  # (B,L,R) -> (B,L,D)
+            dt,
             -torch.exp(mixer.A_log.float()),
             B,
             C,
@@ -81,7 +83,7 @@ class Mamba1Mixer(Mixer):
 
     def output_gram(self, gram: Tensor) -> Tensor:
         """(D,N,N): a channel's loss at the block's output is that of its gated scan times |W_out_d|^2."""
-        return gram * self.module.out_proj.weight.data.double().square().sum(0)[:, None, None]
+        return gram * self.weighed_out().double().square().sum(0)[:, None, None]
 
     def remove(self, structure: str, columns: Tensor) -> Removed:
         """A_log loses the columns, x_proj the rows that make B and C for them; y is a sum over states."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from sparsessm.kernels.chunked_scan import HeadStatistics, chunked_scan, compiled_kernels
 from sparsessm.kernels.matmul import linear
 from sparsessm.kernels.selective_scan import SUM_DTYPE
-from sparsessm.models.mixer import Hooks, Mixer, Removed, ScanInputs, apply_linear, convolved, keep_rows, show
+from sparsessm.models.mixer import NO_HOOKS, Hooks, Mixer, Removed, ScanInputs, convolved, keep_rows, show
 
 # Of how many time steps one is looked at for what the output loses with each state.
 SAMPLED = 32
@@ -65,10 +65,10 @@ class Mamba2Mixer(Mixer):
     def _project_in(self, x: Tensor, hooks: Hooks) -> Tensor:
         """(B,L,M) -> (B,L,2DI+2GN+H)."""
         show(hooks, "in_proj", x)
-        return apply_linear(self.module.in_proj, x)
+        return self._linear("in_proj", x, hooks)
 
     def scan(
-        self, inputs: HeadInputs, state: Tensor | None, statistics: HeadStatistics | None = None
+        self, inputs: HeadInputs, state: Tensor | None, statistics: HeadStatistics | None = None, hooks: Hooks = NO_HOOKS
     ) -> tuple[Tensor, Tensor]:
         mixer, (H, P, G, N) = self.module, self.sizes
         u, B, C = inputs.mixed.split([H * P, G * N, G * N], dim=-1)
@@ -247,7 +247,7 @@ class _OutputLoss:
 
     def __init__(self, mixer: Mamba2Mixer, z: Tensor, gram: Tensor) -> None:
         self.sizes, self.gram, self.output = mixer.sizes, gram, mixer.output_of(z)
-        self.W = mixer.module.out_proj.weight.data.float()  # (M,DI)
+        self.W = mixer.weighed_out()  # (M,DI)
 
     def add_heads(self, y: Tensor, lost: Tensor) -> None:
         """y and lost (B,L,H,P): a loss of each head."""

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from sparsessm.kernels.convolution import causal_conv, causal_conv_silu
 from sparsessm.kernels.matmul import linear
 
-Hooks = Mapping[str, Callable[[Tensor], None]]
+Hooks = Mapping[str, Callable[[Tensor], None]]  # by module: NAME gets its inputs, NAME.out its outputs
+OUT = ".out"
+NO_HOOKS: Hooks = {}
 Removed = dict[str, Tensor]  # parameter name within the mixer -> bool in its shape from before, True = removed
 
 
@@ -48,6 +50,7 @@ class Mixer(ABC):
     Attributes:
         module: the stock mixer. MODULES: names of its linear and convolution modules, in the order in which data meets
             them; the last is what leads back to the residual stream. STRUCTURES: what can be removed whole.
+        importance: (M,), what squared errors of the output count for; None for all the same.
     """
 
     MODULES: ClassVar[tuple[str, ...]]
@@ -55,18 +58,32 @@ class Mixer(ABC):
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module  # transformers' own class: what it holds has no types here
+        self.importance: Tensor | None = None
+
+    def weighed_out(self) -> Tensor:
+        """The last module's weight in float32, its rows times the root of what the squared error of each counts for."""
+        W = self.module.get_submodule(self.MODULES[-1]).weight.data.float()
+        return W if self.importance is None else W * self.importance.to(W.device).sqrt()[:, None]
 
     @abstractmethod
     def prepare(self, x: Tensor, conv: Tensor | None, hooks: Hooks) -> tuple[ScanInputs, Tensor]:
         """All before the scan, which does not depend on A_log: x (B,L,M), conv the last inputs of the convolution before."""
 
     @abstractmethod
-    def scan(self, inputs: Any, state: Tensor | None, statistics: Any = None) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, inputs: Any, state: Tensor | None, statistics: Any = None, hooks: Hooks = NO_HOOKS
+    ) -> tuple[Tensor, Tensor]:
         """The scan, gate and norm: the input of the last module, (B,L,d_inner), and the state after the last step."""
 
-    def project(self, y: Tensor) -> Tensor:
+    def project(self, y: Tensor, hooks: Hooks) -> Tensor:
         """The last module: (B,L,d_inner) -> (B,L,M)."""
-        return apply_linear(self.module.get_submodule(self.MODULES[-1]), y)
+        return self._linear(self.MODULES[-1], y, hooks)
+
+    def _linear(self, name: str, x: Tensor, hooks: Hooks) -> Tensor:
+        """A linear module, whose output is shown."""
+        out = apply_linear(self.module.get_submodule(name), x)
+        show(hooks, name + OUT, out)
+        return out
 
     @abstractmethod
     def scan_statistics(
@@ -123,17 +140,20 @@ def convolved(mixer: Any, x: Tensor, before: Tensor | None, hooks: Hooks, *, ker
     channels, _, K = weight.shape
     if before is None:
         before = x.new_zeros(len(x), K - 1, channels)
-    if mixer.activation == "silu" and kernels is not None:
+    apart = "conv1d" + OUT in hooks  # what it makes is wanted before its activation
+    if mixer.activation == "silu" and kernels is not None and not apart:
         if "conv1d" in hooks:
             show(hooks, "conv1d", torch.cat([before, x], dim=1))
         last = torch.cat([before, x[:, max(0, x.shape[1] - (K - 1)) :]], dim=1)
         return kernels.conv_silu(x, before, weight, bias), last[:, last.shape[1] - (K - 1) :].clone()
     padded = torch.cat([before, x], dim=1)
     show(hooks, "conv1d", padded)
-    if mixer.activation == "silu":
+    if mixer.activation == "silu" and not apart:
         out = causal_conv_silu(padded, weight, bias)
     else:
-        out = mixer.act(causal_conv(padded, weight, bias))
+        made = causal_conv(padded, weight, bias)
+        show(hooks, "conv1d" + OUT, made)
+        out = mixer.act(made)
     # a copy: a view would keep the whole piece alive
     return out, padded[:, padded.shape[1] - (K - 1) :].clone()
 

@@ -1,19 +1,20 @@
-"""Sparsities of layers and modules from the errors that pruning them makes at the output of their layer (docs/BEYOND.md)."""
+"""Sparsities of layers and modules by what pruning them costs: errors of layers, or all steps of OBC (docs/BEYOND.md)."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from sparsessm.layerwise.layer import Layer
 from sparsessm.procedure.driver import Job, Measurement, Outcome, run_pass
 from sparsessm.procedure.plan import TransitionPlan, WeightPlan
-from sparsessm.procedure.rules import observed, prune_module
-from sparsessm.procedure.transitions import apply_choice, choose_transitions
+from sparsessm.procedure.rules import observed, problem_of, prune_module, step_costs
+from sparsessm.procedure.transitions import apply_choice, choose_transitions, transition_costs
 from sparsessm.procedure.weights import Shares
-from sparsessm.pruning.budget import MEASURED_AT, budget, in_whole_entries
+from sparsessm.pruning.budget import MEASURED_AT, MOST, budget, cheapest, counts_of, in_whole_entries
 
 
 class MeasureErrors(Measurement):
@@ -64,21 +65,66 @@ class MeasureErrors(Measurement):
         )
 
 
-def measured_shares(job: Job, transitions: TransitionPlan | None, weights: WeightPlan | None) -> Shares:
+class MeasureSteps(Measurement):
+    """Takes what every step of pruning a part costs the model's loss, in the model as it is; counts by their size."""
+
+    name = "steps"
+
+    def __init__(self, transitions: TransitionPlan | None, weights: WeightPlan | None) -> None:
+        self.transitions, self.weights = transitions, weights
+
+    def _parts(self, layer: Layer) -> list[str]:
+        A_log = ["A_log"] * (self.transitions is not None and layer.has_mixer)
+        return A_log + layer.those(self.weights.modules if self.weights else ())
+
+    def concerns(self, layer: Layer) -> bool:
+        return bool(self._parts(layer))
+
+    def visit(self, layer: Layer, dense: Layer | None) -> Outcome:
+        found: dict[str, Any] = {}
+        if self.transitions is not None and layer.has_mixer:
+            found["A_log"] = counts_of(transition_costs(layer, self.transitions))
+        if self.weights is not None:
+            modules = layer.those(self.weights.modules)
+            seen = observed(layer, modules, self.weights)
+            for name in modules:
+                found[name] = counts_of(step_costs(problem_of(layer, name, self.weights, seen[name])))
+        return Outcome(record=found)
+
+    def fits(self, layer: Layer, record: Any) -> bool:
+        sizes = {name: layer.A_log.numel() if name == "A_log" else layer.weight(name).numel() for name in self._parts(layer)}
+        return list(record) == list(sizes) and all(
+            sum(count for _, count in record[name]) == size and all(count > 0 for _, count in record[name])
+            for name, size in sizes.items()
+        )
+
+
+# The measurement of each allocation that takes one.
+MEASURES: Mapping[str, type[MeasureErrors | MeasureSteps]] = {"output": MeasureErrors, "loss": MeasureSteps}
+
+
+def measured_shares(
+    job: Job, allocation: str, transitions: TransitionPlan | None, weights: WeightPlan | None
+) -> Shares:
     """Sparsity by layer and module, and by layer and A_log, for the plans' sparsities over all of them.
 
-    A_log and the weights have a budget each.
+    A_log and the weights have a budget each; {} for an allocation that measures nothing.
     """
-    found = run_pass(job, MeasureErrors(transitions, weights))
+    if allocation not in MEASURES:
+        return {}
+    found = run_pass(job, MEASURES[allocation](transitions, weights))
     shares: dict[tuple[int, str], float] = {}
     for plan, ours in ((transitions, lambda name: name == "A_log"), (weights, lambda name: name != "A_log")):
         if plan is not None:
             parts = {
-                (layer, name): (size, errors)
-                for layer, outcome in found.items() for name, (size, errors) in outcome.record.items() if ours(name)
+                (layer, name): measured
+                for layer, outcome in found.items() for name, measured in outcome.record.items() if ours(name)
             }  # fmt: skip
-            found_shares = budget(parts, plan.pattern.sparsity)
-            if plan is transitions:  # Mamba-2 has a handful of entries a layer
-                found_shares = in_whole_entries({part: size for part, (size, _) in parts.items()}, found_shares)
-            shares |= found_shares
+            sparsity = plan.pattern.sparsity
+            if allocation == "loss":
+                shares |= cheapest(parts, sparsity, 1.0 if plan is transitions else MOST)
+            elif plan is transitions:  # Mamba-2 has a handful of entries a layer
+                shares |= in_whole_entries({part: size for part, (size, _) in parts.items()}, budget(parts, sparsity))
+            else:
+                shares |= budget(parts, sparsity)
     return shares

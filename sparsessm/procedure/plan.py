@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 
 from sparsessm.errors import require_known
 from sparsessm.options import Options
-from sparsessm.pruning.methods import CONV_HESSIANS, PRUNED_A_LOG, REMOVAL_TARGETS, SEARCHES
+from sparsessm.pruning.methods import (
+    ALLOCATIONS,
+    CONV_HESSIANS,
+    IMPORTANCES,
+    PRUNED_A_LOG,
+    RECOVERIES,
+    REMOVAL_TARGETS,
+    SEARCHES,
+)
 from sparsessm.pruning.patterns import Columns, NofM, Pattern, Unstructured
 from sparsessm.pruning.saliency import SALIENCIES
 
@@ -111,14 +119,47 @@ class RemovalPlan:
 
 
 @dataclass(frozen=True)
+class RecoveryPlan:
+    """How what was not pruned is tuned afterwards.
+
+    Attributes:
+        kinds: of RECOVERIES, one after the other. steps, model_rate: of Adam for the whole model. passes, block_rate: over
+            the windows for each block. apart: share of the windows that are only looked at. seed: of their order.
+    """
+
+    kinds: tuple[str, ...] = ()
+    steps: int = 200
+    model_rate: float = 1e-3
+    passes: int = 10
+    block_rate: float = 2e-3
+    apart: float = 0.125
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            require_known("recover", kind, RECOVERIES)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All that a run prunes: A_log, weights or both, with compensation, or whole parts; measured shares with allocate."""
+    """All that a run prunes: A_log, weights or both, with compensation, or whole parts.
+
+    Attributes:
+        allocation: of ALLOCATIONS. importance: of IMPORTANCES. seed: of the labels that it is measured by.
+    """
 
     transitions: TransitionPlan | None = None
     weights: WeightPlan | None = None
     compensation: CompensationPlan = CompensationPlan()
-    allocate: bool = False
+    allocation: str = "uniform"
+    importance: str = "none"
+    seed: int = 0
     removal: RemovalPlan | None = None
+    recovery: RecoveryPlan = RecoveryPlan()
+
+    def __post_init__(self) -> None:
+        require_known("allocation", self.allocation, ALLOCATIONS)
+        require_known("importance", self.importance, IMPORTANCES)
 
 
 def plan_of(options: Options, modules: tuple[str, ...]) -> Plan:
@@ -126,8 +167,13 @@ def plan_of(options: Options, modules: tuple[str, ...]) -> Plan:
     recipe = options.recipe
     if recipe is None:
         return Plan()
+    recovery = RecoveryPlan(
+        options.recover, options.recover_steps, options.recover_rate, options.recover_passes, options.recover_block_rate,
+        seed=options.seed,
+    )  # fmt: skip
     if recipe.removes_parts:
-        return Plan(removal=RemovalPlan(options.removal_target, options.share, options.pruned_transition))
+        removal = RemovalPlan(options.removal_target, options.share, options.pruned_transition)
+        return Plan(removal=removal, recovery=recovery)
     pattern = NofM(options.prunen, options.prunem) if options.prunem else Unstructured(options.share)
     transitions = weights = None
     if options.prune_A:
@@ -147,4 +193,4 @@ def plan_of(options: Options, modules: tuple[str, ...]) -> Plan:
             percdamp=options.percdamp, blocksize=options.blocksize, refine_steps=recipe.polish,
         )  # fmt: skip
     compensation = CompensationPlan(recipe.compensate == "out_proj", recipe.module_order == "sequential", options.ridge)
-    return Plan(transitions, weights, compensation, recipe.allocation == "output")
+    return Plan(transitions, weights, compensation, recipe.allocation, recipe.importance, options.seed, recovery=recovery)

@@ -7,24 +7,27 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from sparsessm.models.history import cut_between
-from sparsessm.procedure.allocation import MeasureErrors, measured_shares
+from sparsessm.procedure.allocation import MEASURES, measured_shares
 from sparsessm.procedure.compensation import PruneCompensated
 from sparsessm.procedure.driver import Job, Outcome, Pass, masks_of, removed_of, run_pass
+from sparsessm.procedure.importance import measured_importance
 from sparsessm.procedure.plan import Plan
+from sparsessm.procedure.recovery import reports_of
 from sparsessm.procedure.removal import RemovedParts, remove_parts
 from sparsessm.procedure.transitions import PruneTransitions
 from sparsessm.procedure.weights import MeasureSensitivity, PruneWeights, sensitive_shares
 
 
 def reports(job: Job, plan: Plan) -> int:
-    """How many times the job's report is called while a plan is executed."""
+    """How many times the job's report is called while a plan is executed, with its recovery."""
+    recovery = reports_of(job, plan.recovery)
     if plan.removal is not None:
         candidates = len(job.indices())
-        return sum(candidates - step + 1 for step in range(plan.removal.steps(candidates)))
+        return recovery + sum(candidates - step + 1 for step in range(plan.removal.steps(candidates)))
     works: list[Pass] = []
-    if plan.allocate:
-        works.append(MeasureErrors(plan.transitions, plan.weights))
-    if plan.compensation or plan.allocate:
+    if plan.allocation in MEASURES:
+        works.append(MEASURES[plan.allocation](plan.transitions, plan.weights))
+    if plan.compensation or works:
         works.append(PruneCompensated(plan.transitions, plan.weights, plan.compensation, {}))
     else:
         if plan.transitions is not None:
@@ -32,18 +35,21 @@ def reports(job: Job, plan: Plan) -> int:
         if plan.weights is not None:
             works += [MeasureSensitivity(plan.weights)] if plan.weights.alpha else []
             works.append(PruneWeights(plan.weights, {}))
-    return sum(len(job.indices(work)) for work in works)
+    measured = (plan.importance != "none") * len(job.layout.layers)
+    return recovery + measured + sum(len(job.indices(work)) for work in works)
 
 
 def prune(job: Job, plan: Plan, windows: Tensor) -> RemovedParts:
-    """Executes a plan; masks by full name, True = pruned, and what was removed whole.
+    """Executes a plan, but for its recovery; masks by full name, True = pruned, and what was removed whole.
 
     Args:
         windows: (n,L) token ids that the stream of the job is made of, all processes' windows.
     """
     if plan.removal is not None:
         return remove_parts(job, windows, plan.removal)
-    shares = measured_shares(job, plan.transitions, plan.weights) if plan.allocate else {}
+    if plan.importance != "none":
+        job = measured_importance(job, plan)
+    shares = measured_shares(job, plan.allocation, plan.transitions, plan.weights)
     found: list[Mapping[int, Outcome]] = []
     if plan.compensation or shares:
         found.append(run_pass(job, PruneCompensated(plan.transitions, plan.weights, plan.compensation, shares)))

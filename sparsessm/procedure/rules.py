@@ -13,7 +13,8 @@ from sparsessm.layerwise.layer import Layer
 from sparsessm.layerwise.statistics import Accumulator, Gram, ShiftedGram, SquaredNorms, hessian
 from sparsessm.procedure.plan import WeightPlan
 from sparsessm.procedure.transitions import naming
-from sparsessm.pruning.obs import prune_magnitude, prune_obs, prune_wanda, refine
+from sparsessm.pruning.obc import prepared, prune_obc, traces
+from sparsessm.pruning.obs import inverse_factor, prune_magnitude, prune_obs, prune_wanda, refine
 from sparsessm.pruning.patterns import Pattern
 
 
@@ -24,6 +25,7 @@ class Problem:
     Attributes:
         W: (rows,cols) float32, of a convolution (D,K). gone: pruned before, in the same shape. name: for messages.
         seen: the tensor that the rule's accumulator has summed, None without one. windows: over how many of calibration.
+        importance: (rows,), what the squared error of each output counts for; None for all the same.
     """
 
     W: Tensor
@@ -32,6 +34,7 @@ class Problem:
     conv: bool
     seen: Any
     windows: int
+    importance: Tensor | None
     plan: WeightPlan
     pattern: Pattern
 
@@ -72,20 +75,43 @@ def _grams(layer: Layer, module: str, plan: WeightPlan) -> Accumulator:
     return Gram(D, skip=K - 1, device=device) if plan.conv_hessian == "channel" else ShiftedGram(D, K, device)
 
 
-def _obs(problem: Problem) -> tuple[Tensor, Tensor]:
-    W, gone, H, plan = problem.W, problem.gone, hessian(problem.seen, problem.windows), problem.plan
-    turned = problem.conv and plan.conv_hessian == "channel"
-    if turned:  # (K,D): the released code's rows are the K weights
+def _solver(prune: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Problem], tuple[Tensor, Tensor]]:
+    """A rule of prune_obs or prune_obc."""
+
+    def solve(problem: Problem) -> tuple[Tensor, Tensor]:
+        plan, turned = problem.plan, problem.conv and problem.plan.conv_hessian == "channel"
+        W, H, gone = matrices(problem)
+        importance = None if turned else problem.importance  # of rows, which are its columns
+        new, mask = prune(W, H, problem.pattern, plan.blocksize, plan.percdamp, problem.name, gone, importance)
+        if plan.refine_steps:
+            new = refine(new, mask, W, H, plan.percdamp, plan.refine_steps)
+        return (new.T, mask.T) if turned else (new, mask)
+
+    return solve
+
+
+def matrices(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The weight, (rows,cols) or (G,rows,cols), its Hessian, and what was pruned before, as a solver takes them."""
+    W, gone = problem.W, problem.gone
+    if problem.conv and problem.plan.conv_hessian == "channel":  # (K,D): the released code's rows are the K weights
         W, gone = W.T, None if gone is None else gone.T
     elif problem.conv:  # (D,1,K): a problem for each channel
         W, gone = W.unsqueeze(1), None if gone is None else gone.unsqueeze(1)
-    new, mask = prune_obs(W, H, problem.pattern, plan.blocksize, plan.percdamp, problem.name, gone)
-    if plan.refine_steps:
-        new = refine(new, mask, W, H, plan.percdamp, plan.refine_steps)
-    return (new.T, mask.T) if turned else (new, mask)
+    return W, hessian(problem.seen, problem.windows), gone
 
 
-RULES = {"magnitude": Rule(_nothing, _magnitude), "wanda": Rule(_norms, _wanda), "obs": Rule(_grams, _obs)}
+def step_costs(problem: Problem) -> Tensor:
+    """What every step of pruning a weight by the rule "obc" costs, see pruning.obc.traces."""
+    W, H, gone = prepared(*matrices(problem))
+    U = inverse_factor(H, problem.plan.percdamp, problem.name)
+    return traces(W, U, problem.pattern, problem.plan.blocksize, gone, problem.importance)[1]
+
+
+# By the names of pruning.methods.WEIGHT_RULES.
+RULES = {
+    "magnitude": Rule(_nothing, _magnitude), "wanda": Rule(_norms, _wanda),
+    "obs": Rule(_grams, _solver(prune_obs)), "obc": Rule(_grams, _solver(prune_obc)),
+}  # fmt: skip
 
 
 def rule_of(plan: WeightPlan) -> Rule:
@@ -125,14 +151,23 @@ def prune_module(
         seen: what the accumulator of the plan's rule has summed. start: (rows,cols), the weights to prune instead of
             those that are there. sparsity: where it is not that of the plan.
     """
-    weight, name = layer.weight(module), f"{module}.weight"
-    W = start if start is not None else weight.squeeze(1) if _is_conv(weight) else weight  # (D,1,K) -> (D,K)
-    gone = layer.gone(name)
-    problem = Problem(
-        W=W.float(), gone=None if gone is None else gone.view(W.shape), name=layer.full_name(name), conv=_is_conv(weight),
-        seen=seen, windows=layer.stream.total, plan=plan, pattern=plan.pattern.share(sparsity),
-    )  # fmt: skip
+    problem = problem_of(layer, module, plan, seen, start, sparsity)
     with naming(problem.name):
         new, mask = rule_of(plan).solve(problem)
-    layer.write(name, new)
-    return mask.reshape(weight.shape).contiguous()
+    layer.write(f"{module}.weight", new)
+    return mask.reshape(layer.weight(module).shape).contiguous()
+
+
+def problem_of(
+    layer: Layer, module: str, plan: WeightPlan, seen: Tensor | None, start: Tensor | None = None,
+    sparsity: float | None = None,
+) -> Problem:  # fmt: skip
+    """What there is to solve at a module of a layer, see prune_module."""
+    weight, name = layer.weight(module), f"{module}.weight"
+    W = start if start is not None else weight.squeeze(1) if _is_conv(weight) else weight  # (D,1,K) -> (D,K)
+    gone, importance = layer.gone(name), layer.importance(module)
+    return Problem(
+        W=W.float(), gone=None if gone is None else gone.view(W.shape), name=layer.full_name(name), conv=_is_conv(weight),
+        seen=seen, windows=layer.stream.total, plan=plan, pattern=plan.pattern.share(sparsity),
+        importance=None if importance is None else importance.rows,
+    )  # fmt: skip

@@ -18,7 +18,7 @@ from sparsessm.pruning.aggregation import Aggregator
 from sparsessm.pruning.methods import PRUNED_A_LOG
 from sparsessm.pruning.obs import prune_obs
 from sparsessm.pruning.saliency import SALIENCIES
-from sparsessm.pruning.search import select
+from sparsessm.pruning.search import marginal_costs, select
 
 
 class PruneTransitions(Change):
@@ -118,6 +118,15 @@ def _choose(layer: Layer, plan: TransitionPlan) -> Tensor:
     for start, statistics in layer.scan_statistics(saliency.needs, structure=plan.structure):
         aggregator.update(saliency(A_log, statistics), start)
     return aggregator.mask()
+
+
+def transition_costs(layer: Layer, plan: TransitionPlan) -> Tensor:
+    """What every step of pruning A_log costs at the layer's output, each row's own greedy order, as a running maximum."""
+    G, gone = output_gram(layer, plan), layer.gone("A_log")
+    if gone is not None:  # those cost nothing, and nothing more of what shares an error with them
+        alive = ~gone.view(G.shape[:2]).to(G.device)
+        G = G * (alive[:, :, None] & alive[:, None, :])
+    return marginal_costs(G)[1].cummax(-1).values.clamp_min(0)
 
 
 def output_gram(layer: Layer, plan: TransitionPlan) -> Tensor:

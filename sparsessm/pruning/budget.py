@@ -1,4 +1,7 @@
-"""A budget for the whole model: the sparsity of each part, so that the sum of the errors of all parts is smallest."""
+"""A budget for the whole model: the sparsity of each part, so that the sum of the errors of all parts is smallest.
+
+Either from a few measured errors of each part (`budget`), or from what every step of pruning it costs (`cheapest`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 # Sparsities at which the error of a part is measured.
 MEASURED_AT = (0.4, 0.6, 0.8)
@@ -56,6 +61,44 @@ def budget(parts: Mapping[Part, tuple[int, Sequence[float]]], sparsity: float) -
         found[index] += step / size
         left -= step
     return dict(zip(parts, found, strict=True))
+
+
+# Costs are counted by their sign, exponent and first five bits: bins an octave's thirty-second wide.
+_BITS_LEFT_OUT = 18
+# The largest share of a weight that one budget takes.
+MOST = 0.98
+
+Counts = Sequence[tuple[int, int]]
+
+
+def counts_of(costs: Tensor) -> list[tuple[int, int]]:
+    """How many of the costs, not negative, are in each bin; (bin, count) by bin."""
+    bins = costs.float().contiguous().view(torch.int32) >> _BITS_LEFT_OUT
+    found, counts = bins.flatten().unique(return_counts=True)
+    return list(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def cheapest(parts: Mapping[Part, Counts], sparsity: float, most: float = 1.0) -> dict[Part, float]:
+    """Sparsities of parts, given the costs of their steps, so that the cheapest steps of all are taken.
+
+    Exact in the number of entries over all parts. No part gives a larger share than `most`, unless what costs nothing or
+    `sparsity` is more.
+    """
+    edges = sorted({edge for counts in parts.values() for edge, _ in counts})
+    taken = np.zeros((len(parts), len(edges) + 1), dtype=np.int64)  # of each part, with all bins before one
+    for row, counts in zip(taken, parts.values(), strict=True):
+        row[1 + np.searchsorted(edges, [edge for edge, _ in counts])] = [count for _, count in counts]
+        free = dict(counts).get(0, 0)
+        np.minimum(row.cumsum(), max(math.ceil(max(most, sparsity) * row.sum()), free), out=row)
+    sizes = [sum(count for _, count in counts) for counts in parts.values()]
+    total = min(round(sparsity * sum(sizes)), int(taken[:, -1].sum()))
+    last = int(np.searchsorted(taken.sum(0), total))  # the bin that not all is taken of
+    before = taken[:, max(0, last - 1)]
+    more, missing = taken[:, last] - before, total - int(before.sum())
+    share = more * missing / max(1, more.sum())
+    given = np.floor(share).astype(np.int64)
+    given[np.argsort(given - share, kind="stable")[: missing - int(given.sum())]] += 1
+    return {part: int(count) / size for part, count, size in zip(parts, before + given, sizes, strict=True)}
 
 
 def in_whole_entries(sizes: Mapping[Part, int], shares: Mapping[Part, float]) -> dict[Part, float]:

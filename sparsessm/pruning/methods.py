@@ -14,9 +14,12 @@ TIME_PARAMETERS = {"power": 1.0, "discount": 0.9, "window": 0.25}
 SEARCHES = ("independent", "greedy", "exchange", "exact")
 STRUCTURES = ("entries", "columns", "heads")
 CONV_HESSIANS = ("tap", "channel")
-ALLOCATIONS = ("uniform", "sensitivity", "output")
+ALLOCATIONS = ("uniform", "sensitivity", "output", "loss")
+WEIGHT_RULES = ("magnitude", "wanda", "obs", "obc")
+IMPORTANCES = ("none", "rows", "tokens")
 MODULE_ORDERS = ("parallel", "sequential")
 COMPENSATIONS = ("none", "out_proj")
+RECOVERIES = ("blocks", "model")
 REMOVAL_TARGETS = ("ssm", "mamba_block")
 
 # What a pruned entry of A_log is set to. zero: exp(-dt exp(30)) is 0 for every time step above 1e-11, in every runtime,
@@ -32,10 +35,14 @@ class Method:
         saliency, aggregate: keys of SALIENCIES and AGGREGATES; both None where A_log is not scored.
         obs_on_A_log: A_log is solved by OBS as a matrix (rows,cols) instead.
         structure: of STRUCTURES; all but "entries" are removed whole. needs_n_of_m: prunen and prunem are required.
-        weights: of procedure.rules.RULES; None where the method has none.
+        weights: of WEIGHT_RULES; None where the method has none.
+        importance: of IMPORTANCES, what errors at the outputs of modules count for (procedure.importance): none, all the
+            same; rows, each row by its Fisher information; tokens, that and each token in the Hessian.
         search: of SEARCHES, for a saliency of interacting entries.
         polish: iterations of refinement after OBS. module_order, compensate: see procedure.plan.CompensationPlan.
-        allocation: "uniform", "sensitivity" (spread by alpha), "output" (by measured errors).
+        allocation: "uniform", "sensitivity" (spread by alpha), "output" (by measured errors), "loss" (one budget for the
+            cheapest steps of all rows of all modules).
+        spares_conv: the convolution stays dense where N:M is asked for, unless --target_modules names it.
         removes_parts: whole SSM branches or blocks are removed greedily instead of all of the above.
         about: one line for --help and the README.
     """
@@ -48,10 +55,12 @@ class Method:
     needs_n_of_m: bool = False
     search: str = "independent"
     weights: str | None = None
+    importance: str = "none"
     polish: int = 0
     module_order: str = "parallel"
     compensate: str = "none"
     allocation: str = "uniform"
+    spares_conv: bool = False
     removes_parts: bool = False
 
     @property
@@ -80,9 +89,9 @@ METHODS = {
     "sparsegpt": _OBS_EVERYWHERE,
     "wanda": Method("abs(W) times the norm of its input, per output row", weights="wanda"),
     "sparsessm_obs": Method(
-        "what the block's output loses, greedily; the rest compensates: OBS module by module, out_proj refitted",
-        "output", "sum", search="greedy", weights="obs", polish=20, module_order="sequential", compensate="out_proj",
-        allocation="output",
+        "what the model's loss loses, in one budget; the rest compensates: OBC module by module, out_proj refitted",
+        "output", "sum", search="greedy", weights="obc", importance="tokens", polish=20, module_order="sequential",
+        compensate="out_proj", allocation="loss", spares_conv=True,
     ),
     "mamba-shedder": Method("whole SSM branches or blocks, greedily by calibration perplexity", removes_parts=True),
 }  # fmt: skip

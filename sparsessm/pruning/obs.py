@@ -58,6 +58,7 @@ def prune_obs(
     percdamp: float = 0.01,
     name: str = "weight",
     gone: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Prunes W column by column; the columns to the right compensate.
 
@@ -67,6 +68,7 @@ def prune_obs(
             first column of each group, from the weights as updated by then.
         blocksize: columns per block, a multiple of the pattern's group. percdamp: see inverse_factor. name: for messages.
         gone: bool in the shape of W, entries that were pruned before: they are zero and stay zero.
+        importance: (rows,) or (G*rows,), what the squared error of each row counts for; None for all the same.
 
     Returns:
         The new weights and the mask (True = pruned), in the shape of W; pruned weights are exactly zero.
@@ -97,6 +99,7 @@ def prune_obs(
         before = None if gone is None else gone[..., start:stop]
         if not m:
             scores = (block / pivots).square().flatten(0, 1)  # (G,rows,cols) -> (G*rows,cols)
+            scores = scores if importance is None else scores * importance[:, None]
             before = None if before is None else before.flatten(0, 1)
             mask[..., start:stop] = pattern.spread_rest(gone, before).choose(scores, before).view(block.shape)
         for i in range(stop - start):

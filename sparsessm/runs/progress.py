@@ -14,8 +14,9 @@ logger = logging.getLogger("sparsessm")
 # What the phases of a run do.
 _DOES = {
     "ssm": "pruning A_log", "sensitivity": "measuring sensitivities", "layers": "pruning weights",
-    "allocation": "measuring errors", "compensated": "pruning and compensating", "shed": "trying removals",
-    "eval": "evaluating",
+    "allocation": "measuring errors", "importance": "measuring importance", "steps": "measuring costs",
+    "compensated": "pruning and compensating", "shed": "trying removals", "blocks": "tuning blocks",
+    "recovery": "tuning the model", "eval": "evaluating",
 }  # fmt: skip
 _EVERY = 60.0  # seconds between two lines
 
