@@ -113,7 +113,7 @@ class TuneBlocks(Change):
         with at_work(module, stream.device), wanting_gradients(module, lambda name: True):
             tuner = Tuner(parameters, self.frozen, plan.block_rate, plan.passes * len(training))
             tuner.look(_mean(error, apart))
-            for rows in _shuffled(training, tuner.steps, plan.seed + layer.index):
+            for rows in _shuffled(training, tuner, plan.seed + layer.index):
                 with torch.enable_grad():
                     error(rows).backward()
                 tuner.step(_windows(rows))
@@ -145,7 +145,7 @@ def _tune_model(job: Job, dense: Job, frozen: Masks, plan: RecoveryPlan) -> None
     def look(rows: slice) -> Tensor:
         some = replace(stream, hidden=stream.hidden[rows, :].clone(), batch=rows.stop - rows.start, entered=stream.entered)
         for layer in each_layer(layout, some):
-            layer.advance()
+            layer.advance(check=False)
         total, loss = torch.zeros((), dtype=SUM_DTYPE, device=stream.device), divergence(rows)
         flat = some.hidden[:, :].to(stream.device).flatten(0, 1)
         with layout.outside_on(stream.device):
@@ -160,7 +160,7 @@ def _tune_model(job: Job, dense: Job, frozen: Masks, plan: RecoveryPlan) -> None
         tuner = Tuner(parameters, frozen, plan.model_rate, plan.steps)
         if not tuner.resume(job.journal, MODEL):
             tuner.look(_mean(look, apart))
-        for rows in _shuffled(training, tuner.steps, plan.seed, tuner.done):
+        for rows in _shuffled(training, tuner, plan.seed):
             backward(layout, stream, rows, divergence(rows))
             tuner.step(_windows(rows) * L)
             if tuner.looks_due():
@@ -184,15 +184,16 @@ def _windows(rows: slice) -> float:
     return float(count)
 
 
-def _shuffled(batches: list[slice], steps: int, seed: int, done: int = 0) -> Iterator[slice]:
-    """Batches in a random order, each once before any comes again; those of steps that are done are left out."""
+def _shuffled(batches: list[slice], tuner: Tuner, seed: int) -> Iterator[slice]:
+    """Batches in a random order, each once before any comes again; from the steps that are done to the last that is worth it."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    for step in range(steps):
+    done = tuner.done
+    for step in range(tuner.steps):
         if not order:
             order = torch.randperm(len(batches), generator=generator).tolist()
         batch = batches[order.pop()]
-        if step >= done:
+        if step >= done and not tuner.hopeless():
             yield batch
 
 

@@ -14,6 +14,9 @@ from sparsessm.procedure.driver import Journal
 _BETAS = (0.9, 0.95)
 # How many times windows that are set apart are looked at in a run over the whole model.
 LOOKS = 10
+# Looks in a row that are no better than the best before, after which it ends.
+_PATIENCE = 3
+_DIVERGED = 1e300  # in place of what is not finite
 
 
 class Tuner:
@@ -58,7 +61,12 @@ class Tuner:
         """Notes the loss on the windows set apart; the present values are kept if it is the lowest so far."""
         if self.losses and loss < min(self.losses):
             self.best = {name: copy.detach().clone() for name, copy in self.copies.items()}
-        self.losses.append(loss)
+        self.losses.append(min(loss, _DIVERGED) if math.isfinite(loss) else _DIVERGED)
+
+    def hopeless(self) -> bool:
+        """Whether it has diverged, or has come no nearer for some looks."""
+        recent, before = self.losses[-_PATIENCE:], self.losses[:-_PATIENCE]
+        return self.losses[-1] == _DIVERGED or (bool(before) and min(recent) > min(before))
 
     def finish(self) -> None:
         """Gives the parameters the values that did best."""

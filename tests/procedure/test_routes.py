@@ -52,7 +52,7 @@ def pruned(demo, kernel, name, compensated=False, layers=6):
     )  # fmt: skip
     layout, plan = Layout(checkpoint.load(source)), plan_of(options, Mamba1Mixer.MODULES)
     if not compensated:
-        plan = replace(plan, compensation=CompensationPlan(), allocate=False)
+        plan = replace(plan, compensation=CompensationPlan(), allocation="uniform", importance="none")
     with force_kernel(kernel):
         masks = prune(Job(layout, lambda: Stream.embed(layout, calibration, **PLACE), 0, layers), plan, calibration).masks
         return masks, perplexity(layout, evaluation, **PLACE).value

