@@ -64,7 +64,7 @@ class Bench:
         if flags:
             chosen = Options(model="demo", dataset="demo", **{key: value for given in flags for key, value in given.items()})
             windows = self.calibration(calibrate or self.dataset, nsamples or self.sizes[1], seed)
-            modules = layout.targets(chosen.module_kinds, chosen.module)
+            modules = layout.targets(chosen.target_modules, chosen.module)
             job = Job(layout, lambda: Stream.embed(layout, windows, **PLACE), 0, len(layout.layers))
             prune(job, plan_of(chosen, modules), windows)
         return [perplexity(layout, self.evaluation(name), **PLACE).value for name in on or (self.dataset,)]

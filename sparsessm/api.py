@@ -147,7 +147,7 @@ def prune(
     check_parity(layout, "the model", where)
     history = history_of(model, layout)
     ledger = Ledger(layout, history)
-    plan = plan_of(chosen, layout.targets(chosen.module_kinds, chosen.parts, chosen.module))
+    plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
     check_rest(chosen, plan, layout, history, first, stop)
 
     def job(layout: Layout) -> Job:

@@ -147,7 +147,7 @@ def _check_removal(options: Any) -> None:
             "--shed_target ssm needs --prune_A, without --prune_layers; "
             "to remove whole blocks give --prune_layers and --shed_target mamba_block"
         )
-    if target == "mamba_block" and "blocks" in options.recover:
+    if target == "mamba_block" and options.recover and "blocks" in options.recover:
         raise InputError("--recover blocks needs every block that the dense model has: use --recover model")
     if target == "mamba_block" and not options.prune_layers:
         raise InputError("--shed_target mamba_block removes weights as well: give --prune_layers")

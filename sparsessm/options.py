@@ -107,8 +107,8 @@ class Options:
     prunem: int = _option(0, "M of N:M", type=int)
     minlayer: int = _option(-1, "first layer to prune", type=int)
     maxlayer: int = _option(1000, "layer before which pruning stops", type=int)
-    target_modules: tuple[str, ...] | None = _option(
-        None,
+    target_modules: tuple[str, ...] = _option(
+        MODULE_KINDS,
         "types of modules to prune (default: both, but nn.Linear for N:M by sparsessm_obs)",
         nargs="+", choices=MODULE_KINDS,
     )  # fmt: skip
@@ -167,8 +167,8 @@ class Options:
     )
     alpha: float = _option(0.0, "spread of sparsities by sensitivity: from p-alpha to p+alpha", type=float)
 
-    recover: tuple[str, ...] = _option(
-        (),
+    recover: tuple[str, ...] | None = _option(
+        None,
         "tune what is not pruned by what the dense model computes on the calibration windows: blocks, one layer after the "
         "other; model, all together; both in this order",
         nargs="+", choices=RECOVERIES,
@@ -225,6 +225,9 @@ class Options:
     wandb_checkpoint: bool = _flag("let --log_wandb upload the saved checkpoint as well, not only figures and pictures")
 
     def __post_init__(self) -> None:
+        unsaid = self.target_modules is MODULE_KINDS  # itself: both that are named are another tuple
+        if unsaid and self.prunem and self.method in METHODS and METHODS[self.method].spares_conv:
+            object.__setattr__(self, "target_modules", ("nn.Linear",))
         check(self)
 
     @property
@@ -244,14 +247,6 @@ class Options:
     def spreads(self, recipe: Method) -> bool:
         """Whether parts can have different sparsities: not with N:M, nor where whole states are removed."""
         return not self.prunem and not (recipe.structure != "entries" and self.prune_A)
-
-    @property
-    def module_kinds(self) -> tuple[str, ...]:
-        """The types of modules to prune; a method may spare the convolution, whose few taps would each be in a group."""
-        if self.target_modules is not None:
-            return self.target_modules
-        recipe = self.recipe
-        return ("nn.Linear",) if self.prunem and recipe is not None and recipe.spares_conv else MODULE_KINDS
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def rehearse(chosen: Options, source: checkpoint.Source, first: int, stop: int, 
         ).ids
     layout = Layout(checkpoint.skeleton(source))
     dtype = checkpoint.DTYPES.get(chosen.dtype) or getattr(source.config, "dtype", None) or torch.float32
-    plan = plan_of(chosen, layout.targets(chosen.module_kinds, chosen.parts, chosen.module))
+    plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
     size = _bytes(layout, dtype)
     told = ", ".join(f"{plural(len(ids), 'window')} of {name}" for name, ids in windows.items()) or "none"
     lines = [

@@ -154,7 +154,7 @@ class Steps:
             shares = self.ledger.shares(history.counts_of(self.history.masks))
             told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share)
             logger.info("pruned before (%s): %s was pruned; it stays pruned, and counts", self.history, told)
-        self.plan = plan_of(chosen, layout.targets(chosen.module_kinds, chosen.parts, chosen.module))
+        self.plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
         if self.plan.weights and (dense := layout.dense()):
             largest = sorted(dense, key=lambda name: -dense[name])[:3]
             logger.info(

@@ -116,7 +116,7 @@ def prune(tiny_windows, job):
     def run(model, what, *, windows=None, first=0, stop=None, report=no_report, **chosen):
         options = Options(model="-", dataset="-", **{what: True}, **chosen)
         windows = tiny_windows(4, 24) if windows is None else windows
-        modules = Layout(model).targets(options.module_kinds, options.parts, options.module)
+        modules = Layout(model).targets(options.target_modules, options.parts, options.module)
         plan = replace(plan_of(options, modules), compensation=CompensationPlan(), allocation="uniform", importance="none")
         return prune_by_plan(job(model, windows, first=first, stop=stop, report=report), plan, windows).masks
 

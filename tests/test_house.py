@@ -89,7 +89,8 @@ def test_there_are_no_import_cycles():
 def test_pruning_knows_no_model_no_file_and_no_flag():
     for module, others in GRAPH.items():
         if package_of(module) == "pruning":
-            assert all(package_of(other) in ("pruning", "errors", "threads", "compiled", "sparsessm") for other in others), module
+            known = ("pruning", "errors", "threads", "compiled", "sparsessm")
+            assert all(package_of(other) in known for other in others), module
 
 
 def test_no_file_but_the_models_knows_an_architecture():

@@ -34,7 +34,7 @@ with torch.device("meta"):
 
 def plan(argv):
     chosen = parse(argv)
-    return plan_of(chosen, SMALL.targets(chosen.module_kinds, chosen.parts, chosen.module))
+    return plan_of(chosen, SMALL.targets(chosen.target_modules, chosen.parts, chosen.module))
 
 
 BASE = ["demo", "demo"]
@@ -53,7 +53,7 @@ def test_released_defaults():
     chosen = parse(PRUNE)
     found = (chosen.nsamples, chosen.seqlen, chosen.seed, chosen.percdamp, chosen.blocksize, chosen.alpha)
     assert found == (128, 2048, 0, 0.01, 128, 0.0)
-    assert (chosen.minlayer, chosen.maxlayer, chosen.module_kinds) == (-1, 1000, ("nn.Linear", "nn.Conv1d"))
+    assert (chosen.minlayer, chosen.maxlayer, chosen.target_modules) == (-1, 1000, ("nn.Linear", "nn.Conv1d"))
 
 
 def test_the_readmes_spellings():

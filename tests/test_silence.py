@@ -111,7 +111,7 @@ def test_masks_and_weights_do_not_depend_on_what_memory_allowed_to_keep(tiny_mod
         def embed(layout=layout, windows=windows, budget=budget):
             return Stream.embed(layout, windows, device="cpu", offload="cpu", batch=2, budget=budget)
 
-        plan = plan_of(chosen, layout.targets(chosen.module_kinds, chosen.parts, chosen.module))
+        plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
         found.append((prune(Job(layout, embed, 0, 3), plan, windows).masks, model.state_dict()))
     for masks, state in found[1:]:
         assert masks.keys() == found[0][0].keys() and all(torch.equal(masks[name], found[0][0][name]) for name in masks)

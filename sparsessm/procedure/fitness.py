@@ -118,12 +118,12 @@ def _check_weights(options: Options, layout: Layout, first: int, stop: int) -> N
     for index in range(first, stop):
         for name, module in layout.modules(layout.layers[index]).items():
             found[name] = module
-            if options.prunem and name in targets({name: module}, options.module_kinds, options.parts, options.module):
+            if options.prunem and name in targets({name: module}, options.target_modules, options.parts, options.module):
                 columns = layout.layers[index].get_parameter(f"{module.path}.weight").shape[-1]
                 if columns % options.prunem:
                     raise InputError(
                         f"--prunem {options.prunem} does not divide the {columns} columns of {name}: "
                         "choose others with --target_modules or --module"
                     )
-    if not targets(found, options.module_kinds, options.parts, options.module):
+    if not targets(found, options.target_modules, options.parts, options.module):
         raise InputError(f"--module {options.module} and --target_modules name no module; there are: {', '.join(found)}")

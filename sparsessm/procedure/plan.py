@@ -168,8 +168,8 @@ def plan_of(options: Options, modules: tuple[str, ...]) -> Plan:
     if recipe is None:
         return Plan()
     recovery = RecoveryPlan(
-        options.recover, options.recover_steps, options.recover_rate, options.recover_passes, options.recover_block_rate,
-        seed=options.seed,
+        options.recover or (), options.recover_steps, options.recover_rate, options.recover_passes,
+        options.recover_block_rate, seed=options.seed,
     )  # fmt: skip
     if recipe.removes_parts:
         removal = RemovalPlan(options.removal_target, options.share, options.pruned_transition)

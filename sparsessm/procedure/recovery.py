@@ -185,7 +185,7 @@ def _windows(rows: slice) -> float:
 
 
 def _shuffled(batches: list[slice], tuner: Tuner, seed: int) -> Iterator[slice]:
-    """Batches in a random order, each once before any comes again; from the steps that are done to the last that is worth it."""
+    """Batches in a random order, each once before any comes again, for as long as it is worth it."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     done = tuner.done

@@ -2,7 +2,6 @@
 
 import copy
 import math
-
 from functools import partial
 
 import pytest
@@ -31,8 +30,9 @@ def ours(model, ids, hooks_of=lambda layer: {}, batch=2):
     layout = Layout(model)
     stream = Stream.embed(layout, ids, device="cpu", offload="cpu", batch=batch)
     with wanting_gradients(model, lambda name: name not in layout.embeddings()) as wanted:
-        loss = sum(float(backward(layout, stream, rows, lambda logits, _: target(logits), hooks_of)) for rows in stream.batches())
-        return loss, {name: parameter.grad.clone() for name, parameter in wanted.items() if parameter.grad is not None}
+        losses = [backward(layout, stream, rows, lambda logits, _: target(logits), hooks_of) for rows in stream.batches()]
+        gradients = {name: parameter.grad for name, parameter in wanted.items()}
+        return float(sum(losses)), {name: value.clone() for name, value in gradients.items() if value is not None}
 
 
 def stock(model, ids, dtype):

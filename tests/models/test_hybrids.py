@@ -261,7 +261,7 @@ def test_an_interrupted_run_resumes(job, tmp_path, kind):
                 raise Interrupted
 
         layout = Layout(model)
-        plan = plan_of(options, layout.targets(options.module_kinds, options.parts, options.module))
+        plan = plan_of(options, layout.targets(options.target_modules, options.parts, options.module))
         with suppress(Interrupted):
             prune(job(model, IDS, report=report, journal=journal), plan, IDS)
         return model, visited

@@ -178,7 +178,7 @@ def test_allocation_measures_each_part_alone_and_leaves_the_model_as_it_was(tiny
     before, dense = state(model), tiny_model()
     weights = WeightPlan(Unstructured(0.6), "magnitude", MODULES)
     transitions = TransitionPlan(Unstructured(0.6), "magnitude", "sum")
-    shares = measured_shares(job(model, windows, journal=memory), transitions, weights)
+    shares = measured_shares(job(model, windows, journal=memory), "output", transitions, weights)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert set(shares) == {(layer, name) for layer in range(2) for name in (*MODULES, "A_log")}
     rows = {(i, name): found for i in range(2) for name, found in memory.figures[f"allocation-{i:04d}"].items()}
@@ -204,7 +204,7 @@ def plan(chosen):
 
 def test_the_preset_and_its_overrides():
     chosen = options(method="sparsessm_obs", prune_A=True, prune_layers=True, sparsity=0.5)
-    assert chosen.recipe.allocation == "output"
+    assert chosen.recipe.allocation == "loss" and plan(chosen).importance == "tokens" and plan(chosen).weights.rule == "obc"
     assert plan(chosen).transitions.search == "greedy" and plan(chosen).weights.refine_steps == 20
     assert plan(chosen).compensation == CompensationPlan(True, True, 0.1)
     plain = options(
@@ -212,7 +212,10 @@ def test_the_preset_and_its_overrides():
         module_order="parallel", compensate="none", allocation="uniform",
     )  # fmt: skip
     assert not plan(plain).compensation and plan(plain).transitions.search == "independent"
-    assert options(method="sparsessm_obs", prune_A=True, prunen=2, prunem=4).recipe.allocation == "uniform"
+    groups = {"method": "sparsessm_obs", "prune_layers": True, "prunen": 2, "prunem": 4}
+    assert options(**groups).recipe.allocation == "uniform" and options(**groups).target_modules == ("nn.Linear",)
+    assert options(**groups, target_modules=("nn.Conv1d",)).target_modules == ("nn.Conv1d",)
+    assert options(**{**groups, "method": "sparsegpt"}).target_modules == ("nn.Linear", "nn.Conv1d")
     columns = options(method="sparsessm_obs", prune_A=True, sparsity=0.5, structure="columns")
     assert plan(columns).transitions.pattern == Columns(0.5) and columns.recipe.allocation == "uniform"
     other = options(method="sparsessm", prune_A=True, sparsity=0.5, compensate="out_proj", ridge=0.5)
@@ -230,6 +233,16 @@ def test_the_preset_and_its_overrides():
         ({"method": "structure_ts", "prune_A": True, "allocation": "output"}, "leave it out with N:M and columns"),
         ({"method": "sparsessm", "prune_A": True, "ridge": -1.0}, "--ridge must not be negative"),
         ({"method": "sparsessm_obs", "prune_layers": True, "polish": -1}, "--polish must not be negative"),
+        ({"method": "wanda", "prune_layers": True, "importance": "rows"}, "give --importance none"),
+        ({"method": "sparsessm_obs", "prune_layers": True, "weights": "wanda", "polish": 0}, "give --importance none"),
+        ({"method": "sparsessm_obs", "prune_layers": True, "weights": "obs"}, "use these, or --allocation uniform"),
+        ({"method": "sparsessm", "prune_A": True, "allocation": "loss"}, "use these, or --allocation uniform"),
+        ({"method": "magnitude", "prune_A": True, "recover_rate": 0.0}, "--recover_rate must be above 0"),
+        ({"method": "magnitude", "prune_A": True, "recover_steps": 0}, "--recover_steps must be at least 1"),
+        (
+            {"method": "mamba-shedder", "prune_layers": True, "shed_target": "mamba_block", "recover": ("blocks",)},
+            "use --recover model",
+        ),
     ],
 )
 def test_mistakes_are_named(given, says):

@@ -27,6 +27,9 @@ SCORED = [
 PLACE = {"device": "cpu", "offload": "cpu", "batch": 4}
 
 
+SOLVED_IN_BLOCKS = {"weights": "obs", "importance": "none", "allocation": "output"}
+
+
 @pytest.fixture(scope="module")
 def demo():
     before = torch.get_num_threads()
@@ -42,13 +45,13 @@ def _demo():
     yield source, calibration, text.cut_windows(text.evaluation_stream("demo", tokenizer, 128).ids, 128, 8)
 
 
-def pruned(demo, kernel, name, compensated=False, layers=6):
+def pruned(demo, kernel, name, compensated=False, layers=6, **flags):
     source, calibration, evaluation = demo
     method = METHODS[name]
     share = {"prunen": 2, "prunem": 4} if method.needs_n_of_m else {"sparsity": 0.5}
     options = Options(
         model="demo", dataset="demo", method=name, prune_A=method.prunes_A_log, prune_layers=method.weights is not None,
-        alpha=0.04 if method.allocation == "sensitivity" else 0.0, **share,
+        alpha=0.04 if method.allocation == "sensitivity" else 0.0, **share, **flags,
     )  # fmt: skip
     layout, plan = Layout(checkpoint.load(source)), plan_of(options, Mamba1Mixer.MODULES)
     if not compensated:
@@ -76,14 +79,24 @@ def test_every_method_gives_the_same_masks_by_both_routes(demo, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("compensated", "share"), [(False, 1e-3), (True, 0.02)])
-def test_compensation_agrees_by_both_routes_but_for_what_rounding_moves(demo, compensated, share):
-    """The two phases of sparsessm_obs alone, and the whole of it, where rounding propagates from layer to layer."""
-    masks, value = pruned(demo, None, "sparsessm_obs", compensated, layers=3)
-    expected, by_reference = pruned(demo, "ref", "sparsessm_obs", compensated, layers=3)
+@pytest.mark.parametrize(
+    ("compensated", "share", "near", "flags"),
+    [
+        (False, 1e-3, 5e-3, SOLVED_IN_BLOCKS), (True, 0.02, 5e-3, SOLVED_IN_BLOCKS), (False, 0.02, 5e-3, {}),
+        (True, 0.1, 0.05, {}),
+    ],
+)
+def test_compensation_agrees_by_both_routes_but_for_what_rounding_moves(demo, compensated, share, near, flags):
+    """The two phases of sparsessm_obs alone, and the whole of it, where rounding propagates from layer to layer.
+
+    Weights that go one by one go other ways after each near tie; what a thousand tokens say of the masks that they end
+    at is the same, what other text says is not quite.
+    """
+    masks, value = pruned(demo, None, "sparsessm_obs", compensated, layers=3, **flags)
+    expected, by_reference = pruned(demo, "ref", "sparsessm_obs", compensated, layers=3, **flags)
     entries = sum(mask.numel() for mask in masks.values())
     assert sum(int((masks[key] != expected[key]).sum()) for key in masks) < share * entries
-    assert value == pytest.approx(by_reference, rel=5e-3)
+    assert value == pytest.approx(by_reference, rel=near)
 
 
 def test_pruning_leaves_the_config_of_the_source_alone(demo):
