@@ -6,42 +6,24 @@ B D N for each piece of PIECE steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsessm.compiled import kept, source_of
-from sparsessm.kernels import lanes, scan_gradient_piece
-from sparsessm.kernels.lanes import LANES, LOG2E
-from sparsessm.kernels.scan_cpu import flat, selective_scan_cpu
-from sparsessm.threads import for_each
+from sparsessm.kernels.selective_scan import selective_scan
 
-# Time steps whose states are computed again together: those of 16 channels stay in the first-level cache.
+# Time steps whose states are computed again together: on a CPU those of 16 channels stay in the first-level cache.
 PIECE = 64
-# Tasks that the channels of a batch are cut into at the least: the threads that can share it.
-_TASKS = 8
-
-
-def _compiled(source: str) -> Callable[..., None]:
-    def gradient(task: Any) -> None:
-        if len(source) > 0:
-            scan_gradient_piece.gradient_piece(*task)
-
-    return kept(gradient)
-
-
-_gradient = _compiled(source_of(lanes, scan_gradient_piece))
 
 
 def scan_with_gradient(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, h0: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`selective_scan_ref` in float32 for tensors in the memory of the CPU of which some want gradients, and A <= 0."""
+    """`selective_scan_ref` in float32 for tensors of which some want gradients, and A <= 0."""
     x, gate = u.float(), None if z is None else F.silu(z.float())
     dt = delta.float() if delta_bias is None else delta.float() + delta_bias.float()
     dt = F.softplus(dt) if delta_softplus else dt
@@ -62,7 +44,7 @@ class _Scan(torch.autograd.Function):
         outputs, states = [], []
         for some in _pieces(x.shape[1]):
             states.append(state)
-            y, state = selective_scan_cpu(x[:, some], dt[:, some], A, B[:, some], C[:, some], h0=state)
+            y, state = selective_scan(x[:, some], dt[:, some], A, B[:, some], C[:, some], h0=state)
             outputs.append(y)
         ctx.save_for_backward(x, dt, A, B, C, torch.stack(states))
         return torch.cat(outputs, 1), state
@@ -70,26 +52,13 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         x, dt, A, B, C, states = ctx.saved_tensors
-        gy, carried = (gradient.contiguous() for gradient in gradients)
-        batch, steps, D = x.shape
-        N, carried = A.shape[1], carried.clone()
-        gx, gdt, gA = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(carried)
-        gB, gC = torch.empty_like(B), torch.empty_like(C)
-        width = -(-D // LANES // -(-_TASKS // batch)) * LANES
-        tasks = [(b, d, min(d + width, D)) for b in range(batch) for d in range(0, D, width)]
-        for some, entered in reversed(list(zip(_pieces(steps), states, strict=True))):
-            T = some.stop - some.start
-            cut = [flat(tensor[:, some]) for tensor in (dt, x, gy, B, C)]
-            made = torch.empty(2, batch, T, D)
-            sums = torch.empty(2, len(tasks), T, N)
-            shared = (
-                np.array((T, D, N)), *cut, flat(A), flat(A.double() * LOG2E), flat(entered), flat(carried), *map(flat, made),
-                flat(gA), *map(flat, sums),
-            )  # fmt: skip
-            work = [(np.array((number, *task)), *shared) for number, task in enumerate(tasks)]
-            for_each(_gradient, work, min(torch.get_num_threads(), len(work)))
-            gdt[:, some], gx[:, some] = made
-            gB[:, some], gC[:, some] = sums.view(2, batch, -1, T, N).sum(2)
+        piece = importlib.import_module(f"sparsessm.kernels.scan_gradient_{x.device.type}").piece_gradient
+        gy, carried = gradients[0].contiguous(), gradients[1].contiguous().clone()
+        gx, gdt, gB, gC, gA = (torch.empty_like(tensor) for tensor in (x, x, B, C, carried))
+        gA.zero_()
+        for some, entered in reversed(list(zip(_pieces(x.shape[1]), states, strict=True))):
+            cut = (tensor[:, some].contiguous() for tensor in (dt, x, gy, B, C))
+            gdt[:, some], gx[:, some], gB[:, some], gC[:, some] = piece(*cut, A, entered, carried, gA)
         return gx, gdt, gA.sum(0), gB, gC, carried
 
 

@@ -257,7 +257,7 @@ def selective_scan(
     if u.dtype == torch.float64:
         name = "ref"
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        if name == "cpu" and statistics is None and decays(A, delta, delta_bias, delta_softplus):
+        if name != "ref" and statistics is None and decays(A, delta, delta_bias, delta_softplus):
             with_gradient = _kernel_module("gradient").scan_with_gradient
             return with_gradient(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0)
         name = "ref"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsessm.kernels import scan_gradient
+from sparsessm.kernels import scan_gradient, scan_gradient_cpu
 from sparsessm.kernels.selective_scan import force_kernel, selective_scan, selective_scan_ref
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "h0")
@@ -82,6 +82,23 @@ def test_a_growing_state_and_a_forced_reference_are_left_to_it():
         given = inputs(1, 5, 3, 2)
         y, _ = selective_scan(**{**given, "u": given["u"].requires_grad_()}, delta_softplus=True)
     assert y.grad_fn is not None and "Scan" not in type(y.grad_fn).__name__
+
+
+@pytest.mark.parametrize("b, T, D, N", [(1, 1, 1, 1), (2, 7, 33, 5), (1, 12, 40, 16)])
+def test_a_piece_on_cuda_is_the_one_on_the_cpu(b, T, D, N):
+    """By Triton's interpreter where there is no GPU; carried derivatives and those by A are changed in place by both."""
+    cuda = pytest.importorskip("sparsessm.kernels.scan_gradient_cuda", reason="triton is not installed")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    given = inputs(b, T, D, N)
+    dt, A = given["delta"].abs(), given["A"]
+    A[0, 0] = -1e13
+    results = []
+    for piece, where in ((scan_gradient_cpu.piece_gradient, "cpu"), (cuda.piece_gradient, device)):
+        carried, gA = given["h0"].clone().to(where), given["h0"].square().to(where)
+        rest = (x.to(where) for x in (dt, given["u"], given["z"], given["B"], given["C"], A, given["h0"].flip(0)))
+        results.append([*(x.cpu() for x in piece(*rest, carried, gA)), carried.cpu(), gA.cpu()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
 def test_memory_grows_with_pieces_not_with_states():
