@@ -10,14 +10,6 @@ from sparsessm.kernels.selective_scan import force_kernel
 from tests.scans_of_heads import inputs
 
 
-@pytest.fixture
-def at_most_threads():
-    """torch.set_num_threads, put back afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def draw(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
