@@ -8,7 +8,22 @@ from __future__ import annotations
 
 from numba import njit
 
-from sparsessm.kernels.lanes import LANES, exp, fill, fill_from, floats, fma, larger, load, power, put, softplus, store, take
+from sparsessm.kernels.lanes import (
+    LANES,
+    fill,
+    fill_from,
+    floats,
+    fma,
+    load,
+    power,
+    put,
+    sigmoid,
+    silu,
+    silu_slope,
+    softplus,
+    store,
+    take,
+)
 
 PIECE = 64  # time steps
 
@@ -91,11 +106,6 @@ def gradient_piece(
 
 
 @njit(nogil=True)
-def _sigmoid(x):
-    return fill(1.0) / (fill(1.0) + exp(fill(0.0) - larger(x, fill(-88.0))))
-
-
-@njit(nogil=True)
 def _prepare(at, strides, u, delta, z, gy, bias, skip, with_softplus, with_gate, dts, xs, gps, outs, gdts, gdtxs):
     """Time steps, inputs, derivatives by the outputs before the gate, and what passes the states by."""
     sample, c, width, start, length = at
@@ -105,8 +115,7 @@ def _prepare(at, strides, u, delta, z, gy, bias, skip, with_softplus, with_gate,
         dt = take(delta, sample * strides[1, 0] + time * strides[1, 1] + c, width) + bias
         gp = take(gy, sample * strides[5, 0] + time * strides[5, 1] + c, width)
         if with_gate:
-            gate = take(z, sample * strides[2, 0] + time * strides[2, 1] + c, width)
-            gp = gp * gate * _sigmoid(gate)
+            gp = gp * silu(take(z, sample * strides[2, 0] + time * strides[2, 1] + c, width))
         store(dts, to, softplus(dt) if with_softplus else dt)
         store(xs, to, x)
         store(gps, to, gp)
@@ -191,12 +200,10 @@ def _put_out(
         put(gu, to, width, fma(of_dtx, load(dts, i), skip * load(gps, i)))
         of_dt = fma(of_dtx, load(xs, i), load(gdts, i))
         if with_softplus:
-            of_dt = of_dt * _sigmoid(take(delta, sample * strides[1, 0] + time * strides[1, 1] + c, width) + bias)
+            of_dt = of_dt * sigmoid(take(delta, sample * strides[1, 0] + time * strides[1, 1] + c, width) + bias)
         put(gdelta, to, width, of_dt)
         if with_gate:
-            gate = take(z, sample * strides[2, 0] + time * strides[2, 1] + c, width)
-            s = _sigmoid(gate)
-            slope = s * fma(gate, fill(1.0) - s, fill(1.0))
+            slope = silu_slope(take(z, sample * strides[2, 0] + time * strides[2, 1] + c, width))
             put(gz, to, width, take(gy, sample * strides[5, 0] + time * strides[5, 1] + c, width) * load(outs, i) * slope)
 
 
