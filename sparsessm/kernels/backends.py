@@ -1,10 +1,11 @@
-"""Whether the kernels of other packages compute what ours do: checked once before they are used."""
+"""What decides who computes: whether another package computes what we do, checked once, and whether a gradient is wanted."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +28,8 @@ def agrees(
 
 def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a result of these tensors has to remember how it was made."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -25,13 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsessm.kernels.backends import agrees
+from sparsessm.kernels.backends import agrees, wants_gradient
 from sparsessm.kernels.selective_scan import SUM_DTYPE, ScanSums, decays, kernel_for
 
 # Time steps of a chunk: the products within a chunk grow with it, the states that are kept shrink.
 CHUNK = 32
 # Of mamba-ssm's kernels: the length that transformers configures for published checkpoints.
 THEIR_CHUNK = 256
+# Below this exponent all is forgotten in float32; sums of larger ones would leave their differences no digits.
+FORGOTTEN = -128
 
 
 @dataclass
@@ -122,11 +124,14 @@ def chunked_scan(
             raise ValueError("the reference does not stop at chunks")
         return chunked_scan_ref(u, dt, A, B, C, D, h0, statistics)
     if at_chunks is None and not (statistics is not None and statistics.tensors()):
+        if wants_gradient(u, dt, A, B, C, D, h0):
+            with_gradient = importlib.import_module("sparsessm.kernels.heads_gradient").scan_with_gradient
+            return with_gradient(u, dt, A, B, C, D, h0)
         theirs = _serving(u, B, C)
         if theirs is not None:
             return scan_by_mamba_ssm(theirs, u, dt, A, B, C, D, h0)
     u, dt, A, B, C = (tensor.float() for tensor in (u, dt, A, B, C))
-    in_chunks = None if at_chunks is None else _Chunks(u, dt, A, B, h0)
+    in_chunks = _Chunks(u, dt, A, B, h0) if at_chunks is not None or wants_gradient(u, dt, A, B, C, D, h0) else None
     scan = in_chunks or _scan_of(u, dt, A, B, h0)
     if statistics is not None:
         _statistics(scan, u, dt, A, B, C, h0, statistics)
@@ -147,8 +152,7 @@ def _scan_of(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, h0: Tensor | None) -> 
 def compiled_kernels(*tensors: Tensor) -> Any:
     """The module `kernels.heads_cpu` where it can compute with the tensors, None where torch has to."""
     plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-    wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if not plain or wants_grad or kernel_for("cpu") != "cpu":
+    if not plain or kernel_for("cpu") != "cpu":
         return None
     return importlib.import_module("sparsessm.kernels.heads_cpu")
 
@@ -156,9 +160,7 @@ def compiled_kernels(*tensors: Tensor) -> Any:
 def _serving(u: Tensor, B: Tensor, C: Tensor) -> Callable[..., Any] | None:
     """The scan of mamba-ssm where it can compute a scan of these tensors."""
     plain = u.device.type == "cuda" and u.dtype == B.dtype == C.dtype and kernel_for("cuda") == "cuda"
-    if not plain or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (u, B, C))):
-        return None
-    return mamba_ssm_scan("cuda", u.dtype)
+    return mamba_ssm_scan("cuda", u.dtype) if plain else None
 
 
 @functools.cache
@@ -236,8 +238,7 @@ class _Chunks:
         Q = min(CHUNK, self.steps)
         self.sizes = batch, -(-self.steps // Q), Q, G, H // G, P, N
         x = self._cut(u * dt[..., None])  # (B,c,Q,H,P)
-        # below -128 all is forgotten in float32; sums of larger ones would leave their differences no digits
-        total = self._cut(dt.double() * A.double()).clamp_min(-128).cumsum(2)  # (B,c,Q,H)
+        total = self._cut(dt.double() * A.double()).clamp_min(FORGOTTEN).cumsum(2)  # (B,c,Q,H)
         self.x = x
         decay = (total[:, :, :, None] - total[:, :, None]).masked_fill_(_later(Q, u.device), -torch.inf)  # (B,c,i,j,H)
         self.within = decay.float().exp_().permute(0, 1, 4, 2, 3).unflatten(2, (G, -1))  # (B,c,G,h,i,j)

@@ -349,6 +349,19 @@ def silu(x):
 
 
 @njit(nogil=True)
+def sigmoid(x):
+    return fill(1.0) / (fill(1.0) + exp(fill(0.0) - larger(x, fill(-88.0))))
+
+
+@njit(nogil=True)
+def silu_slope(x):
+    """The derivative of `silu`."""
+    x = larger(x, fill(-88.0))
+    s = sigmoid(x)
+    return s * fma(x, fill(1.0) - s, fill(1.0))
+
+
+@njit(nogil=True)
 def add_wide(values, sums, to):
     """sums[to:] += values, whose length is a multiple of LANES and which are zero then; sums are float64."""
     for i in range(0, values.size, LANES):

@@ -7,21 +7,49 @@ oneDNN does (docs/BENCHMARKS.md). Both round to float32; they add in another ord
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsessm.kernels.backends import wants_gradient
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (...,cols) times weight (rows,cols) transposed, plus bias (rows,): `torch.nn.functional.linear`, to rounding."""
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _by_onednn() and not _wants_grad(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    """x (...,cols) times weight (rows,cols) transposed, plus bias (rows,): `torch.nn.functional.linear`, to rounding.
+
+    Its gradients are products of the same kind; gradients of gradients are refused.
+    """
+    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or not _by_onednn():
+        return F.linear(x, weight, bias)
+    if wants_gradient(x, weight, bias):
+        return _Linear.apply(x, weight, bias)
+    return _product(x, weight, bias)
 
 
-def _wants_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        flat = gradient.reshape(-1, weight.shape[0])  # (tokens,rows)
+        return (
+            _product(flat, weight.T).view(x.shape) if for_x else None,
+            _product(flat.T, x.reshape(-1, weight.shape[1]).T) if for_weight else None,
+            flat.sum(0) if for_bias else None,
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @functools.cache

@@ -1,90 +1,221 @@
-"""The derivatives of the selective scan over a few time steps, compiled by numba: some channels of one sample.
+"""The derivatives of the selective scan, compiled by numba: some channels of one sample, from the last step to the first.
 
-As in the scan itself 16 channels compute side by side, one in each lane of a vector. One state after the other goes through
-the steps twice: forward for the states, which stay in the first-level cache, and back for the derivatives.
+As in the scan itself 16 channels compute side by side, one in each lane of a vector. Time is cut into pieces. Four states at
+once go through the steps of a piece twice: forward for the states, which stay in the caches, and back for the derivatives.
 """
 
 from __future__ import annotations
 
 from numba import njit
 
-from sparsessm.kernels.lanes import LANES, fill, fill_from, floats, fma, load, power, put, store, take
+from sparsessm.kernels.lanes import (
+    LANES,
+    fill,
+    fill_from,
+    floats,
+    fma,
+    load,
+    power,
+    put,
+    sigmoid,
+    silu,
+    silu_slope,
+    softplus,
+    store,
+    take,
+)
+
+PIECE = 64  # time steps
 
 
 @njit(nogil=True)
-def gradient_piece(piece, shape, dt, x, gp, B, C, A, A2, entered, carried, gdt, gx, gA, gB, gC):
-    """All arrays are flat: dt, x, gp, gdt, gx (B,T,D), B, C (B,T,N), A, A2 (D,N), entered, carried, gA (B,D,N), gB, gC
-    (tasks,T,N).
+def gradient_piece(
+    piece, shape, strides, u, delta, z, B, C, gy, A, A2, skip, bias, with_softplus, with_gate, entered, carried,
+    gu, gdelta, gz, gA, gskip, gB, gC,
+):  # fmt: skip
+    """All arrays are flat float32.
 
     Args:
-        piece: number of the task, sample, first and last channel. x: the input. gp: derivatives by the outputs, without D
-            and gate. A2: A times log2 e. entered: states before the first step.
-        carried: derivatives by the states after the last step, and then by those before the first.
-        gdt, gx: filled with the derivatives by the time steps, and by the input. gA: added to. gB, gC: filled, for these
-            channels.
+        piece: number of the task, sample, first and last channel. strides: of sample and time step, for u, delta, z, B, C
+            and gy (the derivatives by y).
+        A, A2: (D,N), the latter times log2 e. entered: (pieces,B,D,N), the states before the first step of each.
+        carried: (B,D,N), the derivatives by the states after the last step, and then by those before the first.
+        gu, gdelta, gz: (B,L,D), filled; gz only with a gate. gA, gskip: (B,D,N), (B,D), filled.
+        gB, gC: (tasks,L,N), filled, for these channels alone.
     """
     task, sample, first, last = piece
-    T, D, N = shape
-    step = T * LANES
-    dts, xs, gps, gdts, gxs = floats(step), floats(step), floats(step), floats(step), floats(step)
-    hs, decays = floats(step), floats(step)
-    gBs, gCs = floats(N * step), floats(N * step)  # [n][step][lane], of all groups of channels
-    columns = floats(5 * N * LANES)  # [n][lane]: A2, A, entered, carried, gA
-    for c in range(first, last, LANES):
-        width, per = min(LANES, last - c), N * LANES
-        columns[:] = 0
-        for lane in range(width):
-            for n in range(N):
-                at, d, k = n * LANES + lane, (c + lane) * N + n, (sample * D + c + lane) * N + n
-                columns[at], columns[per + at] = A2[d], A[d]
-                columns[2 * per + at], columns[3 * per + at] = entered[k], carried[k]
-        for t in range(T):
-            at, to = (sample * T + t) * D + c, t * LANES
-            store(dts, to, take(dt, at, width))
-            store(xs, to, take(x, at, width))
-            store(gps, to, take(gp, at, width))
-        gdts[:], gxs[:] = 0, 0
+    batch, steps, D, N = shape
+    rows = (N + 3) // 4 * 4
+    groups, of_group, row = (last - first + LANES - 1) // LANES, rows * LANES, PIECE * LANES
+    a, a2, before = floats(groups * of_group), floats(groups * of_group), floats(of_group)  # [group][n][lane]
+    after, of_a, of_skip = floats(groups * of_group), floats(groups * of_group), floats(groups * LANES)
+    for c in range(last - first):
         for n in range(N):
-            m, row = n * LANES, n * step
-            a2, h = load(columns, m), load(columns, 2 * per + m)
-            for t in range(T):
-                i, k = t * LANES, (sample * T + t) * N + n
-                decay = power(load(dts, i), a2)
-                h = fma(decay, h, load(dts, i) * load(xs, i) * fill_from(B, k))
-                store(decays, i, decay)
-                store(hs, i, h)
-            a, g, of_A = load(columns, per + m), load(columns, 3 * per + m), fill(0.0)
-            for back in range(T):
-                t = T - 1 - back
-                i, k = t * LANES, (sample * T + t) * N + n
-                b = fill_from(B, k)
-                dt_t, x_t, out = load(dts, i), load(xs, i), load(gps, i)
-                g = fma(fill_from(C, k), out, g)
-                store(gCs, row + i, fma(load(hs, i), out, load(gCs, row + i)))
-                store(gBs, row + i, fma(g * dt_t, x_t, load(gBs, row + i)))
-                before = load(hs, i - LANES) if t > 0 else load(columns, 2 * per + m)
-                g_decayed = g * load(decays, i)
-                of_exponent = g_decayed * before
-                of_A = fma(of_exponent, dt_t, of_A)
-                gb = g * b
-                store(gdts, i, fma(of_exponent, a, fma(gb, x_t, load(gdts, i))))
-                store(gxs, i, fma(gb, dt_t, load(gxs, i)))
-                g = g_decayed
-            store(columns, 3 * per + m, g)
-            store(columns, 4 * per + m, of_A)
-        for t in range(T):
-            at, to = (sample * T + t) * D + c, t * LANES
-            put(gdt, at, width, load(gdts, to))
-            put(gx, at, width, load(gxs, to))
-        for lane in range(width):
+            at, d = (c // LANES * rows + n) * LANES + c % LANES, (first + c) * N + n
+            a[at], a2[at], after[at] = A[d], A2[d], carried[sample * D * N + d]
+    skips, biases = floats(groups * LANES), floats(groups * LANES)
+    for c in range(last - first):
+        skips[c], biases[c] = skip[first + c], bias[first + c]
+    # Of one group and piece: [step][lane], and of four states [step][n][lane].
+    dts, xs, gps, outs, gdts, gdtxs = floats(row), floats(row), floats(row), floats(row), floats(row), floats(row)
+    hs, decays = floats(4 * row + 4 * LANES), floats(4 * row)
+    Bs, Cs = floats(PIECE * rows), floats(PIECE * rows)
+    gBs, gCs = floats(rows * row), floats(rows * row)  # [n / 4][step][n % 4][lane], of all groups
+    for p in range((steps - 1) // PIECE, -1, -1):
+        start = p * PIECE
+        length = min(PIECE, steps - start)
+        for t in range(length):
             for n in range(N):
-                at, k = n * LANES + lane, (sample * D + c + lane) * N + n
-                carried[k] = columns[3 * per + at]
-                gA[k] += columns[4 * per + at]
-    for t in range(T):
+                Bs[t * rows + n] = B[sample * strides[3, 0] + (start + t) * strides[3, 1] + n]
+                Cs[t * rows + n] = C[sample * strides[4, 0] + (start + t) * strides[4, 1] + n]
+        gBs[:], gCs[:] = 0, 0
+        for g in range(groups):
+            c = first + g * LANES
+            width = min(LANES, last - c)
+            before[:] = 0
+            for lane in range(width):
+                for n in range(N):
+                    before[n * LANES + lane] = entered[((p * batch + sample) * D + c + lane) * N + n]
+            at = (sample, c, width, start, length)
+            _prepare(
+                at, strides, u, delta, z, gy, load(biases, g * LANES), load(skips, g * LANES), with_softplus, with_gate,
+                dts, xs, gps, outs, gdts, gdtxs,
+            )  # fmt: skip
+            for n in range(0, rows, 4):
+                _forward(length, rows, n, before, a2, g * of_group, dts, xs, Bs, Cs, outs, hs, decays)
+                _back(
+                    length, rows, n, a, after, of_a, g * of_group, dts, xs, gps, Bs, Cs, hs, decays, gdts, gdtxs, gBs, gCs
+                )
+            store(of_skip, g * LANES, load(of_skip, g * LANES) + _sum_of_products(length, gps, xs))
+            _put_out(
+                at, strides, delta, z, gy, load(biases, g * LANES), load(skips, g * LANES), with_softplus, with_gate,
+                steps, D, dts, xs, gps, outs, gdts, gdtxs, gu, gdelta, gz,
+            )  # fmt: skip
+        for t in range(length):
+            for n in range(N):
+                of_B, of_C, at = 0.0, 0.0, ((n // 4 * PIECE + t) * 4 + n % 4) * LANES
+                for lane in range(LANES):
+                    of_B += gBs[at + lane]
+                    of_C += gCs[at + lane]
+                gB[(task * steps + start + t) * N + n], gC[(task * steps + start + t) * N + n] = of_B, of_C
+    for c in range(last - first):
+        gskip[sample * D + first + c] = of_skip[c]
         for n in range(N):
-            of_B, of_C = 0.0, 0.0
-            for lane in range(LANES):
-                of_B += gBs[n * step + t * LANES + lane]
-                of_C += gCs[n * step + t * LANES + lane]
-            gB[(task * T + t) * N + n], gC[(task * T + t) * N + n] = of_B, of_C
+            at, to = (c // LANES * rows + n) * LANES + c % LANES, (sample * D + first + c) * N + n
+            carried[to], gA[to] = after[at], of_a[at]
+
+
+@njit(nogil=True)
+def _prepare(at, strides, u, delta, z, gy, bias, skip, with_softplus, with_gate, dts, xs, gps, outs, gdts, gdtxs):
+    """Time steps, inputs, derivatives by the outputs before the gate, and what passes the states by."""
+    sample, c, width, start, length = at
+    for t in range(length):
+        time, to = start + t, t * LANES
+        x = take(u, sample * strides[0, 0] + time * strides[0, 1] + c, width)
+        dt = take(delta, sample * strides[1, 0] + time * strides[1, 1] + c, width) + bias
+        gp = take(gy, sample * strides[5, 0] + time * strides[5, 1] + c, width)
+        if with_gate:
+            gp = gp * silu(take(z, sample * strides[2, 0] + time * strides[2, 1] + c, width))
+        store(dts, to, softplus(dt) if with_softplus else dt)
+        store(xs, to, x)
+        store(gps, to, gp)
+        store(outs, to, skip * x)
+        store(gdts, to, fill(0.0))
+        store(gdtxs, to, fill(0.0))
+
+
+@njit(nogil=True)
+def _forward(length, rows, n, before, a2, a_at, dts, xs, Bs, Cs, outs, hs, decays):
+    """Four states through the steps: hs [step + 1][n][lane], the first row from before; adds what is read to outs."""
+    m = n * LANES
+    a0, a1, a2_, a3 = _load_row(a2, a_at + m)
+    s0, s1, s2, s3 = _load_row(before, m)
+    _store_row(hs, 0, s0, s1, s2, s3)
+    for t in range(length):
+        i, k, q = t * LANES, t * rows + n, 4 * t * LANES
+        dt = load(dts, i)
+        dtx = dt * load(xs, i)
+        e0, e1, e2, e3 = power(dt, a0), power(dt, a1), power(dt, a2_), power(dt, a3)
+        _store_row(decays, q, e0, e1, e2, e3)
+        s0 = fma(e0, s0, dtx * fill_from(Bs, k))
+        s1 = fma(e1, s1, dtx * fill_from(Bs, k + 1))
+        s2 = fma(e2, s2, dtx * fill_from(Bs, k + 2))
+        s3 = fma(e3, s3, dtx * fill_from(Bs, k + 3))
+        _store_row(hs, q + 4 * LANES, s0, s1, s2, s3)
+        c0, c1, c2, c3 = fill_from(Cs, k), fill_from(Cs, k + 1), fill_from(Cs, k + 2), fill_from(Cs, k + 3)
+        store(outs, i, fma(c3, s3, fma(c2, s2, fma(c1, s1, fma(c0, s0, load(outs, i))))))
+
+
+@njit(nogil=True)
+def _back(length, rows, n, a, after, of_a, a_at, dts, xs, gps, Bs, Cs, hs, decays, gdts, gdtxs, gBs, gCs):
+    """The derivatives by four states, from the last step to the first, and all that they give.
+
+    after: those that reach the last step from later ones, and then those that reach the steps before. gdtxs: by dt x.
+    """
+    m = a_at + n * LANES
+    a0, a1, a2, a3 = _load_row(a, m)
+    g0, g1, g2, g3 = _load_row(after, m)
+    w0, w1, w2, w3 = _load_row(of_a, m)
+    for back in range(length):
+        t = length - 1 - back
+        i, k, q, r = t * LANES, t * rows + n, 4 * t * LANES, (n // 4 * PIECE + t) * 4 * LANES
+        dt, gp = load(dts, i), load(gps, i)
+        dtx = dt * load(xs, i)
+        g0, g1 = fma(fill_from(Cs, k), gp, g0), fma(fill_from(Cs, k + 1), gp, g1)
+        g2, g3 = fma(fill_from(Cs, k + 2), gp, g2), fma(fill_from(Cs, k + 3), gp, g3)
+        h0, h1, h2, h3 = _load_row(hs, q + 4 * LANES)
+        p0, p1, p2, p3 = _load_row(gCs, r)
+        _store_row(gCs, r, fma(h0, gp, p0), fma(h1, gp, p1), fma(h2, gp, p2), fma(h3, gp, p3))
+        p0, p1, p2, p3 = _load_row(gBs, r)
+        _store_row(gBs, r, fma(g0, dtx, p0), fma(g1, dtx, p1), fma(g2, dtx, p2), fma(g3, dtx, p3))
+        of_dtx = fma(fill_from(Bs, k), g0, fma(fill_from(Bs, k + 1), g1, load(gdtxs, i)))
+        store(gdtxs, i, fma(fill_from(Bs, k + 2), g2, fma(fill_from(Bs, k + 3), g3, of_dtx)))
+        e0, e1, e2, e3 = _load_row(decays, q)
+        g0, g1, g2, g3 = g0 * e0, g1 * e1, g2 * e2, g3 * e3
+        h0, h1, h2, h3 = _load_row(hs, q)
+        d0, d1, d2, d3 = g0 * h0, g1 * h1, g2 * h2, g3 * h3  # by the exponents dt A
+        w0, w1, w2, w3 = fma(d0, dt, w0), fma(d1, dt, w1), fma(d2, dt, w2), fma(d3, dt, w3)
+        store(gdts, i, fma(d0, a0, fma(d1, a1, fma(d2, a2, fma(d3, a3, load(gdts, i))))))
+    _store_row(after, m, g0, g1, g2, g3)
+    _store_row(of_a, m, w0, w1, w2, w3)
+
+
+@njit(nogil=True)
+def _sum_of_products(length, one, other):
+    total = fill(0.0)
+    for t in range(length):
+        total = fma(load(one, t * LANES), load(other, t * LANES), total)
+    return total
+
+
+@njit(nogil=True)
+def _put_out(
+    at, strides, delta, z, gy, bias, skip, with_softplus, with_gate, steps, D, dts, xs, gps, outs, gdts, gdtxs,
+    gu, gdelta, gz,
+):  # fmt: skip
+    sample, c, width, start, length = at
+    for t in range(length):
+        time, i, to = start + t, t * LANES, (sample * steps + start + t) * D + c
+        of_dtx = load(gdtxs, i)
+        put(gu, to, width, fma(of_dtx, load(dts, i), skip * load(gps, i)))
+        of_dt = fma(of_dtx, load(xs, i), load(gdts, i))
+        if with_softplus:
+            of_dt = of_dt * sigmoid(take(delta, sample * strides[1, 0] + time * strides[1, 1] + c, width) + bias)
+        put(gdelta, to, width, of_dt)
+        if with_gate:
+            slope = silu_slope(take(z, sample * strides[2, 0] + time * strides[2, 1] + c, width))
+            put(gz, to, width, take(gy, sample * strides[5, 0] + time * strides[5, 1] + c, width) * load(outs, i) * slope)
+
+
+@njit(nogil=True)
+def _load_row(array, at):
+    """Four vectors that lie side by side."""
+    return load(array, at), load(array, at + LANES), load(array, at + 2 * LANES), load(array, at + 3 * LANES)
+
+
+@njit(nogil=True)
+def _store_row(array, to, s0, s1, s2, s3):
+    store(array, to, s0)
+    store(array, to + LANES, s1)
+    store(array, to + 2 * LANES, s2)
+    store(array, to + 3 * LANES, s3)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsessm.errors import InputError, require_known
+from sparsessm.kernels.backends import wants_gradient
 
 # Sums over samples are kept in float64: each term is a float32 product, or a float32 sum of the products of a few samples
 # of a batch, so the order in which batches (or processes) arrive moves the sum by about 1e-16 and the float32 value read
@@ -252,13 +253,12 @@ def selective_scan(
     Float64 inputs go to the reference, and so do sums that the kernel does not provide, and inputs that want gradients where
     the kernel has none.
     """
-    inputs = (u, delta, A, B, C, D, z, delta_bias, h0)
     name = kernel_for(u.device.type)
     if u.dtype == torch.float64:
         name = "ref"
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if wants_gradient(u, delta, A, B, C, D, z, delta_bias, h0):
         if name != "ref" and statistics is None and decays(A, delta, delta_bias, delta_softplus):
-            with_gradient = _kernel_module("gradient").scan_with_gradient
+            with_gradient = _kernel_module({"cpu": "gradient", "cuda": "gradient_cuda"}[name]).scan_with_gradient
             return with_gradient(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0)
         name = "ref"
     if statistics is not None and not statistics.wanted() <= provided(name):

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from sparsessm.kernels.backends import wants_gradient
+from sparsessm.kernels.chunked_scan import compiled_kernels
 from sparsessm.kernels.convolution import causal_conv, causal_conv_silu
 from sparsessm.kernels.matmul import linear
 
@@ -141,6 +143,8 @@ def convolved(mixer: Any, x: Tensor, before: Tensor | None, hooks: Hooks, *, ker
     if before is None:
         before = x.new_zeros(len(x), K - 1, channels)
     apart = "conv1d" + OUT in hooks  # what it makes is wanted before its activation
+    if wants_gradient(x, before, weight, bias):  # forward and back by torch take several times as long
+        kernels = compiled_kernels(x, weight)
     if mixer.activation == "silu" and kernels is not None and not apart:
         if "conv1d" in hooks:
             show(hooks, "conv1d", torch.cat([before, x], dim=1))

@@ -1,6 +1,7 @@
 import zlib
 
 import pytest
+import torch
 
 from sparsessm.kernels.selective_scan import force_kernel
 
@@ -16,3 +17,11 @@ def kernel(request):
 def seed(request):
     """Another one for each test, the same in every run."""
     return zlib.crc32(request.node.name.encode())
+
+
+@pytest.fixture
+def at_most_threads():
+    """torch.set_num_threads, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

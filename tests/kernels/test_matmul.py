@@ -28,11 +28,38 @@ def test_views_are_taken_as_they_are():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_and_gradients_are_left_to_torch(dtype):
+def test_other_dtypes_are_left_to_torch(dtype):
     x, W = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype)
     assert torch.equal(linear(x, W), F.linear(x, W))
-    W = torch.randn(5, 4, requires_grad=True)
-    assert linear(torch.randn(3, 4), W).requires_grad
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape, rows", [((2, 5, 40), 33), ((1, 1, 1), 7), ((3, 37, 3), 1), ((4, 9), 80)])
+@pytest.mark.parametrize("way", ["plain", "transposed", "expanded"])  # how the gradient of the product lies in memory
+def test_gradients_are_those_of_torch_in_float64(shape, rows, way, with_bias):
+    g = torch.Generator().manual_seed(0)
+    x, W, b = torch.randn(shape, generator=g), torch.randn(rows, shape[-1], generator=g), torch.randn(rows, generator=g)
+    values = [x, W, b if with_bias else None]
+    weigh = torch.randn(*shape[:-1], rows, generator=g)
+
+    def gradients(function, dtype):
+        leaves = [None if value is None else value.detach().clone().to(dtype).requires_grad_() for value in values]
+        out = function(*leaves)
+        by = weigh.transpose(0, 1).contiguous().transpose(0, 1) if way == "transposed" else weigh
+        (out.sum() if way == "expanded" else (out * by.to(dtype)).sum()).backward()
+        return out.detach(), *(leaf.grad for leaf in leaves if leaf is not None)
+
+    found, exact = gradients(linear, torch.float32), gradients(F.linear, torch.float64)
+    assert torch.equal(found[0], linear(*values))
+    for one, other in zip(found, exact, strict=True):
+        assert float((one.double() - other).norm()) < 1e-6 * float(other.norm())
+
+
+def test_a_constant_weight_gets_no_gradient():
+    x, W = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    linear(x, W).sum().backward()
+    torch.testing.assert_close(x.grad, W.sum(0).expand(3, 4))
+    assert W.grad is None
 
 
 def test_without_the_operator_torch_serves(monkeypatch):

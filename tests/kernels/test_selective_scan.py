@@ -322,13 +322,6 @@ def test_the_cpu_kernel_gives_the_same_bits_with_any_number_of_threads(threads, 
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_inputs_that_want_gradients_go_to_the_reference():
-    values = inputs(1, 3, 2, 2)
-    values["u"].requires_grad_(True)
-    y, _ = call(selective_scan, values)
-    assert y.requires_grad
-
-
 def test_growing_states_are_left_to_the_reference(seed):
     values = inputs(2, 9, 19, 6, seed=seed)
     compare("cpu", values | {"A": -values["A"] * 0.1}, ("h2",))
