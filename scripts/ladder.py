@@ -14,9 +14,12 @@ import itertools
 import json
 import operator
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparsessm
 from sparsessm.report.tables import text_table
