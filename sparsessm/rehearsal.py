@@ -31,9 +31,9 @@ from sparsessm.models.architecture import Layout
 from sparsessm.models.tokenizing import load_tokenizer
 from sparsessm.options import Options
 from sparsessm.procedure.driver import Job
-from sparsessm.procedure.fitness import STRUCTURE_NAMES
 from sparsessm.procedure.plan import Plan, plan_of
 from sparsessm.procedure.prune import prune
+from sparsessm.pruning.methods import WHOLE
 from sparsessm.report.tables import text_table
 from sparsessm.report.wording import bytes_text, percent_text, plural
 
@@ -104,7 +104,7 @@ def _pruned(layout: Layout, plan: Plan, first: int, stop: int) -> dict[str, Coun
         if mixer is not None and plan.transitions:
             structure = plan.transitions.structure
             scored = mixer.scored(structure)
-            weights = {STRUCTURE_NAMES.get(structure, "A_log"): scored if structure == "entries" else scored[0]}
+            weights = {WHOLE.get(structure, "A_log"): scored if structure == "entries" else scored[0]}
         if plan.removal:
             weights = {_REMOVED[plan.removal.target]: torch.empty(1, device="meta")}
         for name in plan.weights.modules if plan.weights else ():

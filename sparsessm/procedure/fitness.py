@@ -8,6 +8,7 @@ from sparsessm.models.architecture import Layout, targets
 from sparsessm.models.history import History, already_pruned
 from sparsessm.options import Options
 from sparsessm.procedure.plan import Plan
+from sparsessm.pruning.methods import WHOLE
 
 
 def check_model(options: Options, layout: Layout) -> tuple[int, int]:
@@ -96,20 +97,17 @@ def _check_structure(options: Options, layout: Layout, structure: str) -> None:
         size = mixer.scored(structure).shape[1]
         removed = round(options.share * size)
         if not 0 < removed < size:
-            raise InputError(f"--sparsity {options.sparsity} removes none or all of the {size} {STRUCTURE_NAMES[structure]}")
+            raise InputError(f"--sparsity {options.sparsity} removes none or all of the {size} {WHOLE[structure]}")
         groups = mixer.competing(structure)
         if removed % groups:
             raise InputError(
-                f"--sparsity {options.sparsity} removes {removed} of {size} {STRUCTURE_NAMES[structure]}, which is not the "
+                f"--sparsity {options.sparsity} removes {removed} of {size} {WHOLE[structure]}, which is not the "
                 f"same from each of {groups} groups: choose another"
             )
         try:
             layout.row.shrink[structure](layout.model.config, size - removed)
         except ValueError as error:
             raise InputError(f"--structure {structure}: {error}") from None
-
-
-STRUCTURE_NAMES = {"columns": "states", "heads": "heads"}
 
 
 def _check_weights(options: Options, layout: Layout, first: int, stop: int) -> None:

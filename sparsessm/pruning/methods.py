@@ -13,6 +13,8 @@ AGGREGATES = ("vote", "sum", "power", "discount", "linear", "window")
 TIME_PARAMETERS = {"power": 1.0, "discount": 0.9, "window": 0.25}
 SEARCHES = ("independent", "greedy", "exchange", "exact")
 STRUCTURES = ("entries", "columns", "heads")
+# What goes whole, by the structures that remove it.
+WHOLE = {"columns": "states", "heads": "heads"}
 CONV_HESSIANS = ("tap", "channel")
 ALLOCATIONS = ("uniform", "sensitivity", "output", "loss")
 WEIGHT_RULES = ("magnitude", "wanda", "obs", "obc")

@@ -14,7 +14,7 @@ from sparsessm.pruning.methods import AGGREGATES
 from sparsessm.report.looks import Looks, Style, plain_style
 from sparsessm.report.maps import HeatMap, part_maps, run_maps, unit_of
 from sparsessm.report.results import Record
-from sparsessm.report.wording import grouped, number_text, percent_text, perplexity_text, plural, short_names, slug
+from sparsessm.report.wording import figure_text, grouped, number_text, percent_text, plural, slug
 
 # Values that differ by more than this factor are drawn over a logarithmic axis.
 _LOG_FROM = 6.0
@@ -100,8 +100,7 @@ def perplexity_charts(records: Sequence[Record], looks: Looks) -> list[LineChart
 
     Where the perplexity of the dense model is known, what is drawn is the difference to it.
     """
-    models = short_names(record.model for record in records)
-    sets, dense = short_names(name for record in records for name in record.perplexity), dense_perplexities(records)
+    dense = dense_perplexities(records)
     groups = grouped(
         ((r.model, name, protocol(r), r.parts), (r, value))
         for r in records
@@ -112,7 +111,7 @@ def perplexity_charts(records: Sequence[Record], looks: Looks) -> list[LineChart
     for (model, name, how, parts), found in groups.items():
         what, level = " + ".join(parts) or "other", dense.get((model, name, how))
         points = [
-            (looks.label(r), r.sparsity or 0.0, v - (level or 0.0), f"{looks.run(r)}: {perplexity_text(v)} ({r.name})")
+            (looks.label(r), r.sparsity or 0.0, v - (level or 0.0), f"{looks.run(r)}: {figure_text(v)} ({r.name})")
             for r, v in found
         ]
         shares = sorted({x for _, x, _, _ in points})
@@ -120,9 +119,9 @@ def perplexity_charts(records: Sequence[Record], looks: Looks) -> list[LineChart
         ticks = tuple(shares) if len(shares) <= 8 and apart else ()
         y = _axis("perplexity" if level is None else "perplexity above dense", [value for _, _, value, _ in points])
         charts.append(LineChart(
-            "perplexity", slug(f"perplexity {models[model]} {sets[name]} {what} {how}"),
-            f"{models[model]} on {sets[name]}: {what} pruned",
-            how if level is None else f"{how}; dense {perplexity_text(level)}", Axis("sparsity", "percent", ticks=ticks), y,
+            "perplexity", slug(f"perplexity {looks.models[model]} {looks.sets[name]} {what} {how}"),
+            f"{looks.models[model]} on {looks.sets[name]}: {what} pruned",
+            how if level is None else f"{how}; dense {figure_text(level)}", Axis("sparsity", "percent", ticks=ticks), y,
             _series(points, looks), None if level is None or y.scale == "log" else (0.0, "dense"),
         ))  # fmt: skip
     return charts
@@ -130,16 +129,16 @@ def perplexity_charts(records: Sequence[Record], looks: Looks) -> list[LineChart
 
 def removal_charts(records: Sequence[Record], looks: Looks) -> list[LineChart]:
     """Perplexity on the calibration text after each removed layer or SSM: a chart for each model and kind of part."""
-    models = short_names(record.model for record in records)
     groups = grouped(
-        ((r.model, r.pattern), (looks.label(r), step, value, f"{looks.run(r)}, layer {layer}: {perplexity_text(value)}"))
+        ((r.model, r.pattern), (looks.label(r), step, value, f"{looks.run(r)}, layer {layer}: {figure_text(value)}"))
         for r in records
         for step, (layer, value) in enumerate(r.removals.items(), 1)
     )
     return [
         LineChart(
-            "removal", slug(f"removal {models[model]} {parts}"), f"{models[model]}: {parts} removed", "calibration text",
-            Axis("number removed", "index"), _axis("perplexity", [y for _, _, y, _ in points]), _series(points, looks),
+            "removal", slug(f"removal {looks.models[model]} {parts}"), f"{looks.models[model]}: {parts} removed",
+            "calibration text", Axis("number removed", "index"), _axis("perplexity", [y for _, _, y, _ in points]),
+            _series(points, looks),
         )
         for (model, parts), points in groups.items()
     ]  # fmt: skip
@@ -147,7 +146,6 @@ def removal_charts(records: Sequence[Record], looks: Looks) -> list[LineChart]:
 
 def state_charts(records: Sequence[Record], looks: Looks) -> list[LineChart]:
     """Pruned share of A_log by state, or head, over all layers and channels: a chart for each model and sparsity."""
-    models = short_names(record.model for record in records)
     points = []
     for record in records:
         masks = {} if record.removes_parts else record.masks()
@@ -159,7 +157,7 @@ def state_charts(records: Sequence[Record], looks: Looks) -> list[LineChart]:
     for (model, sparsity, unit), found in grouped(points).items():
         asked = percent_text(sparsity)
         charts.append(LineChart(
-            "states", slug(f"states {models[model]} {asked}"), f"{models[model]}: {asked} of A_log",
+            "states", slug(f"states {looks.models[model]} {asked}"), f"{looks.models[model]}: {asked} of A_log",
             "mean over layers and seeds", Axis(f"{unit} index", "index"), Axis("pruned share", "percent"),
             _series(found, looks), (sparsity, f"asked {asked}"),
         ))  # fmt: skip
@@ -168,7 +166,6 @@ def state_charts(records: Sequence[Record], looks: Looks) -> list[LineChart]:
 
 def sensitivity_charts(records: Sequence[Record], looks: Looks) -> list[LineChart]:
     """Sensitivity by layer, a line for each module; runs that found the same share a chart."""
-    models = short_names(record.model for record in records)
     groups = grouped(
         ((r.model, tuple(sorted((module, tuple(sorted(found.items()))) for module, found in r.sensitivities.items()))), r)
         for r in records
@@ -179,7 +176,8 @@ def sensitivity_charts(records: Sequence[Record], looks: Looks) -> list[LineChar
         lines = [(module, tuple((layer, s) for layer, s in line if s > 0 and math.isfinite(s))) for module, line in modules]
         others = f" and {plural(len(found) - 1, 'run')} more" if len(found) > 1 else ""
         charts.append(LineChart(
-            "sensitivity", slug(f"sensitivity {models[model]} {number}"), f"{models[model]}: {looks.run(found[0])}{others}",
+            "sensitivity", slug(f"sensitivity {looks.models[model]} {number}"),
+            f"{looks.models[model]}: {looks.run(found[0])}{others}",
             found[0].name, Axis("layer", "index"), _axis("sensitivity s", [s for _, line in lines for _, s in line]),
             tuple(Series(module, plain_style(index), line) for index, (module, line) in enumerate(lines)),
         ))  # fmt: skip

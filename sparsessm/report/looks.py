@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sparsessm.options import DEFAULTS, PLACES
 from sparsessm.report.results import Record
-from sparsessm.report.wording import grouped, number_text, percent_text
+from sparsessm.report.wording import grouped, number_text, percent_text, short_names
 
 # By colour index; the last is for series that are not methods. In page.css they are --s0 to --s6, and others in dark mode.
 COLOURS = ("#1b66e0", "#cb741b", "#0f9a5c", "#451090", "#5e4a0c", "#700f35", "#66717b")
@@ -77,10 +77,12 @@ class Looks:
     A label is a method, and those of its options that are not the default and in which its runs on a model differ.
 
     Attributes:
-        styles: by label.
+        styles: by label. models, sets: short names of the models and of the data sets.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
+        self.models = short_names(record.model for record in records)
+        self.sets = short_names(name for record in records for name in record.perplexity)
         by_method = grouped((record.method, record) for record in records)
         by_both = grouped(((record.method, record.model), record) for record in records)
         self._differing = {both: _differing(mine) for both, mine in by_both.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsessm.report.looks import Looks
 from sparsessm.report.results import Record
-from sparsessm.report.wording import grouped, percent_text, plural, short_names, slug
+from sparsessm.report.wording import grouped, percent_text, plural, slug
 
 # Channels side by side in a map of masks: of more, neighbours share a column.
 _MASK_COLUMNS = 384
@@ -50,14 +50,13 @@ def run_maps(record: Record) -> tuple[list[HeatMap], str | None]:
 
 def part_maps(records: Sequence[Record], looks: Looks) -> list[HeatMap]:
     """For each hybrid, a row a run: the pruned share of A_log, and of the weights of mixer, attention and MLP."""
-    models = short_names(record.model for record in records)
     hybrids = [r for r in records if {"attention", "mlp"} & r.metrics["sparsity"].keys() and r.parts]
     maps = []
     for model, found in grouped((record.model, record) for record in hybrids).items():
         parts = [part for part in _PARTS if any(part in record.metrics["sparsity"] for record in found)]
         values = tuple(tuple(record.metrics["sparsity"].get(part) for part in parts) for record in found)
         names = tuple(looks.run(record) for record in found)
-        maps.append(HeatMap("parts", slug(f"parts {models[model]}"), models[model], "a row a run", names,
+        maps.append(HeatMap("parts", slug(f"parts {looks.models[model]}"), looks.models[model], "a row a run", names,
                             tuple(_PARTS[part] for part in parts), values, "", ""))  # fmt: skip
     return maps
 

@@ -24,7 +24,7 @@ from sparsessm.report.looks import Looks
 from sparsessm.report.maps import run_maps
 from sparsessm.report.plots import svg
 from sparsessm.report.results import Record, Runs
-from sparsessm.report.wording import bytes_text, grouped, number_text, percent_text, perplexity_text, plural, short_names
+from sparsessm.report.wording import bytes_text, figure_text, grouped, number_text, percent_text, plural
 
 _HERE = Path(__file__).resolve().parent
 
@@ -68,17 +68,15 @@ def write_report(runs: Runs, experiments: Path, target: Path, draw: Callable[[Pi
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.filters |= {"draw": lambda picture: Markup(draw(picture)), "percent": percent_text}
+    environment.filters |= {"draw": lambda picture: Markup(draw(picture)), "percent": percent_text, "figure": figure_text}
     page = environment.get_template("page.html").render(
         title=f"Pruning runs: {experiments.resolve().name}", records=records, left_out=left_out(runs),
         charts=charts, versions=versions, script=Markup(script), style=Markup((_HERE / "page.css").read_text()),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), looks=looks, run_maps=run_maps,
-        models=short_names(record.model for record in records),
-        sets=short_names(name for record in records for name in record.perplexity), perplexity_text=perplexity_text,
         links=[_link(record.folder, target) for record in records],
         results=_results(records, looks), costs=_costs(records, looks),
         phases=_phases(records),
-        filters={"model": short_names(r.model for r in records), "method": {r.method: r.method for r in records}},
+        filters={"model": looks.models, "method": {r.method: r.method for r in records}},
         longest=max(map(_together, records)) or 1.0,
         opened=next((i for i, r in enumerate(records, 1) if r.layers_with_masks and not r.removes_parts), 0),
         infinite=[r.name for r in records if not all(map(math.isfinite, r.perplexity.values()))],
@@ -101,8 +99,6 @@ def left_out(runs: Runs) -> str:
 
 def _results(records: Sequence[Record], looks: Looks) -> list[Column]:
     """The columns of the table with a row for each run."""
-    models = short_names(record.model for record in records)
-    sets = short_names(name for record in records for name in record.perplexity)
     numbers = {record.name: index for index, record in enumerate(records, 1)}
     dense = dense_perplexities(records)
 
@@ -112,7 +108,7 @@ def _results(records: Sequence[Record], looks: Looks) -> list[Column]:
 
     columns = [
         Column("no.", lambda r: numbers[r.name], kind="run"),
-        Column("model", lambda r: r.model, lambda v: models[v], "text"),
+        Column("model", lambda r: r.model, lambda v: looks.models[v], "text"),
         Column("method", lambda r: r.method, kind="method"),
         Column("pruned", _pruned, kind="text"),
         Column("sparsity", lambda r: r.sparsity if r.parts else None, percent_text),
@@ -121,11 +117,11 @@ def _results(records: Sequence[Record], looks: Looks) -> list[Column]:
         Column("alpha", lambda r: r.options.get("alpha") if "weights" in r.parts else None, number_text),
         Column("seed", lambda r: r.options.get("seed")),
     ]
-    for name, short in sets.items():
-        columns.append(Column(f"perplexity {short}", partial(_at, ("perplexity", name)), perplexity_text))
-        columns.append(Column(f"above dense {short}", partial(above, name), perplexity_text))
+    for name, short in looks.sets.items():
+        columns.append(Column(f"perplexity {short}", partial(_at, ("perplexity", name)), figure_text))
+        columns.append(Column(f"above dense {short}", partial(above, name), figure_text))
     columns += [
-        Column("zero\u2011shot mean", lambda r: r.zero_shot_mean, lambda v: percent_text(v, 2)),
+        Column("zero\u2011shot mean", lambda r: r.zero_shot.get("mean"), lambda v: percent_text(v, 2)),
         Column("seconds", _together, lambda v: f"{v:.1f}"),
     ]
     for place in dict.fromkeys(place for record in records for place in record.metrics["peak_memory_bytes"]):
@@ -163,8 +159,7 @@ def _phases(records: Sequence[Record]) -> list[str]:
 def _pruned(record: Record) -> str:
     """What went whole, as asked, and what was pruned, as measured: A_log 50 %, weights 48.1 %."""
     shares = record.metrics["sparsity"]
-    whole = {"structured": "states", "heads": "heads"}.get(record.pattern or "", "")
-    named = {whole: record.sparsity if whole else None, "A_log": shares.get("ssm"), "weights": shares.get("layers")}
+    named = {record.whole: record.whole and record.sparsity, "A_log": shares.get("ssm"), "weights": shares.get("layers")}
     return ", ".join(f"{name} {percent_text(share)}" for name, share in named.items() if share) or "nothing"
 
 

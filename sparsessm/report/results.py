@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from sparsessm.errors import InputError, first_line
 from sparsessm.options import DEFAULTS, PLACES
-from sparsessm.pruning.methods import METHODS, TIME_PARAMETERS
+from sparsessm.pruning.methods import METHODS, TIME_PARAMETERS, WHOLE
 from sparsessm.pruning.saliency import SALIENCIES
+from sparsessm.report.tables import with_infinite
 
 MASKS = "masks.safetensors"
 
 # Layer, and what it is called in it without the name of the mixer.
 _PARAMETER = re.compile(r"(?:^|\.)[a-z]+\.(\d+)\.(?:\w+\.(?!weight$))?(.+?)(?:\.weight)?$")
-_PATTERNS = {"entries": "unstructured", "columns": "structured"}
 _TIME_OPTIONS = {"power": "time_power", "discount": "time_discount", "window": "time_window"}
 
 _MOST = 1e300  # no figure of a run is as large, and what draws it computes with powers of ten
@@ -82,9 +82,14 @@ class Record:
             return f"{self.options.get('prunen')}:{self.options['prunem']}"
         if self.removes_parts:
             return "whole blocks" if self.options.get("prune_layers") else "whole SSMs"
+        return {"states": "structured"}.get(self.whole, self.whole) or "unstructured"
+
+    @property
+    def whole(self) -> str:
+        """What of A_log was removed whole, "states" or "heads", or nothing."""
         method = METHODS.get(self.options["method"])
-        structure = self.options.get("structure") or (method.structure if method else "entries")
-        return _PATTERNS.get(structure, structure) if self.options.get("prune_A") else "unstructured"
+        structure = self.options.get("structure") or (method.structure if method else "")
+        return WHOLE.get(structure, "") if self.options.get("prune_A") else ""
 
     @property
     def removes_parts(self) -> bool:
@@ -98,15 +103,7 @@ class Record:
 
     @property
     def zero_shot(self) -> dict[str, float]:
-        """Accuracy by task."""
-        return {name: value for name, value in self._accuracies().items() if name != "mean"}
-
-    @property
-    def zero_shot_mean(self) -> float | None:
-        """The mean over the tasks; None without tasks."""
-        return self._accuracies().get("mean")
-
-    def _accuracies(self) -> dict[str, float]:
+        """Accuracy by task, and "mean" over all of them."""
         figures = self.metrics["zero_shot"].items()
         return {name: f["value"] for name, f in figures if isinstance(f, dict) and _is_number(f.get("value"))}
 
@@ -238,9 +235,9 @@ def read_run(folder: Path, name: str | None = None) -> Record:
     metrics = _read_json(folder / "metrics.json")
     _check_options(options)
     metrics = {"zero_shot": {}, "dense_perplexity": {}, "versions": {}, **metrics}
-    for key in ("perplexity", "dense_perplexity"):  # null stands for an infinite figure
+    for key in ("perplexity", "dense_perplexity"):
         if isinstance(metrics.get(key), dict):
-            metrics[key] = {name: math.inf if value is None else value for name, value in metrics[key].items()}
+            metrics[key] = with_infinite(metrics[key])
     for key in ("perplexity", "dense_perplexity", "sparsity", "seconds", "peak_memory_bytes"):
         may_be_infinite = key.endswith("perplexity")
         known = isinstance(metrics.get(key), dict) and all(map(_is_number, metrics[key].values()))
@@ -285,19 +282,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+# Options that are read here, what they may be, and the same in words.
+_KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("model",), lambda value: isinstance(value, str), "a name"),
+    (("method",), lambda value: value is None or (isinstance(value, str) and value != ""), "a name or null"),
+    (("saliency", "aggregate", "structure"), lambda value: isinstance(value, (str, type(None))), "a name or null"),
+    (("sparsity",), lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "a number from 0 to 1, or null"),
+    (("prunen", "prunem", "seed", "seqlen"), lambda value: _is_whole(value), "a whole number"),
+    (("alpha", "time_power", "time_discount", "time_window"), lambda value: _is_number(value) and math.isfinite(value),
+     "a number"),
+)  # fmt: skip
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
-    method, share = options.get("method", ""), options.get("sparsity")
-    if not isinstance(options.get("model"), str) or not (method is None or (isinstance(method, str) and method)):
-        raise InputError("options.json: model should be a name, method a name or null")
-    if not (share is None or (_is_number(share) and 0 <= share <= 1)):
-        raise InputError("options.json: sparsity should be a number from 0 to 1, or null")
-    whole, numbers = ("prunen", "prunem", "seed", "seqlen"), ("alpha", "time_power", "time_discount", "time_window")
-    if not all(_is_whole(options.get(name, 0)) for name in whole):
-        raise InputError(f"options.json: {', '.join(whole)} should be whole numbers")
-    if not all(_is_number(options.get(name, 0)) and math.isfinite(options.get(name, 0)) for name in numbers):
-        raise InputError(f"options.json: {', '.join(numbers)} should be numbers")
-    if not all(isinstance(options.get(name), (str, type(None))) for name in ("saliency", "aggregate", "structure")):
-        raise InputError("options.json: saliency, aggregate and structure should be names or null")
+    for names, fits, words in _KINDS:
+        for name in names:
+            if (name in options or name in ("model", "method")) and not fits(options.get(name, "")):
+                raise InputError(f"options.json: {name} should be {words}")
 
 
 def _read_counts(path: Path) -> dict[str, tuple[int, int]]:

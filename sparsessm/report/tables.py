@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsessm.options import Options
-from sparsessm.report.wording import short_names
+from sparsessm.report.wording import figure_text, short_names
 
 NOTHING = "–"
 
@@ -56,28 +56,21 @@ class Figure:
         """As 28.33 ± 1.53 (+7.72): mean, deviation, and the difference to the dense model."""
         if self.mean is None:
             return NOTHING
-        spread = "" if self.deviation is None else f" ± {number(self.deviation)}"
-        return number(self.mean) + spread + ("" if self.over_dense is None else f" ({signed(self.over_dense)})")
+        spread = "" if self.deviation is None else f" ± {figure_text(self.deviation)}"
+        return figure_text(self.mean) + spread + ("" if self.over_dense is None else f" ({signed(self.over_dense)})")
 
 
 def _difference(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None or (math.isinf(one) and one == other) else one - other
 
 
-def finite_or_infinite(value: float | None) -> float:
-    """A perplexity of metrics.json, where an infinite one is null."""
-    return math.inf if value is None else value
-
-
-def number(value: float) -> str:
-    """Two digits after the point; powers of ten where most digits would mean nothing."""
-    if not math.isfinite(value):
-        return str(value)
-    return f"{round(value, 2) + 0.0:.2f}" if abs(value) < 1e5 else f"{value:.2e}"  # + 0.0: no minus before a zero
+def with_infinite(perplexities: Mapping[str, float | None]) -> dict[str, float]:
+    """The perplexities of metrics.json, where an infinite one is null."""
+    return {name: math.inf if value is None else value for name, value in perplexities.items()}
 
 
 def signed(value: float) -> str:
-    text = number(value)
+    text = figure_text(value)
     return text if text.startswith("-") else f"+{text}"
 
 
@@ -93,15 +86,14 @@ def variant(chosen: Options) -> str:
 
 def row(chosen: Options, metrics: Mapping[str, Any]) -> dict[str, str]:
     """One row, as printed at the end of a run: method, sparsity, perplexity per data set, seconds, memory."""
-    share, dense = metrics["sparsity"], metrics["dense_perplexity"]
+    share, dense = metrics["sparsity"], with_infinite(metrics["dense_perplexity"])
     parts = [f"{key} {share[key]:.1%}" for key in ("ssm", "layers") if share[key]]
     unpruned = "pruned before" if parts else "dense"
     cells = {"method": variant(chosen) if chosen.method else unpruned, "sparsity": ", ".join(parts) or "0"}
     names = short_names([*metrics["perplexity"], *dense])
-    for name, value in metrics["perplexity"].items():
-        base = finite_or_infinite(dense[name]) if name in dense else None
-        cells[f"perplexity {names[name]}"] = Figure((finite_or_infinite(value),), dense=base).text
-    cells |= {f"dense {names[name]}": number(finite_or_infinite(value)) for name, value in dense.items()}
+    for name, value in with_infinite(metrics["perplexity"]).items():
+        cells[f"perplexity {names[name]}"] = Figure((value,), dense=dense.get(name)).text
+    cells |= {f"dense {names[name]}": figure_text(value) for name, value in dense.items()}
     if metrics["zero_shot"]:
         cells["zero-shot"] = f"{metrics['zero_shot']['mean']['value']:.2%}"
     cells["seconds"] = f"{sum(metrics['seconds'].values()):.1f}"

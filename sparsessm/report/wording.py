@@ -11,13 +11,11 @@ _Key = TypeVar("_Key", bound=Hashable)
 _Item = TypeVar("_Item")
 
 
-def perplexity_text(value: float) -> str:
-    """Two decimals, fewer where they say nothing: 67.68, 1234.5, 2.3e+07."""
+def figure_text(value: float) -> str:
+    """A perplexity, or another figure of a table: 67.68, and 2.31e+07 where most digits would mean nothing."""
     if not math.isfinite(value):
-        return "infinite" if value > 0 else "not a number"
-    if abs(value) < 1000:
-        return f"{value:.2f}"
-    return f"{value:.1f}" if abs(value) < 1e5 else f"{value:.1e}"
+        return str(value)
+    return f"{round(value, 2) + 0.0:.2f}" if abs(value) < 1e5 else f"{value:.2e}"  # + 0.0: no minus before a zero
 
 
 def percent_text(share: float, digits: int = 1) -> str:

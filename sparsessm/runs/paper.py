@@ -20,7 +20,7 @@ from sparsessm.errors import InputError
 from sparsessm.metrics.published import SEQLEN, TABLES
 from sparsessm.metrics.tasks import TASKS
 from sparsessm.options import Options
-from sparsessm.report.tables import Figure, finite_or_infinite
+from sparsessm.report.tables import Figure, with_infinite
 from sparsessm.report.wording import short_names
 from sparsessm.runs.grid import Cell, finished, resolved_dataset, resolved_model
 
@@ -263,7 +263,7 @@ def _line(
             continue
         folders.append(folder)
         metrics = json.loads((folder / "metrics.json").read_text())
-        perplexities = {texts[name]: finite_or_infinite(value) for name, value in metrics["perplexity"].items()}
+        perplexities = {texts[name]: value for name, value in with_infinite(metrics["perplexity"]).items()}
         for column, value in (perplexities | _accuracies(metrics["zero_shot"])).items():
             values.setdefault(column, []).append(value)
     published = table.published_figures(bare_name(entry.model), entry.row)

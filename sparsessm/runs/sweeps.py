@@ -19,8 +19,8 @@ import yaml
 
 from sparsessm.errors import InputError
 from sparsessm.report import tables
-from sparsessm.report.tables import NOTHING, Figure, finite_or_infinite
-from sparsessm.report.wording import short_names, slug
+from sparsessm.report.tables import NOTHING, Figure, with_infinite
+from sparsessm.report.wording import figure_text, short_names, slug
 from sparsessm.runs.grid import Cell, finished, resolved_dataset, resolved_model
 
 _OTHERS = ("ssm", "layers", "seconds", "state")
@@ -109,8 +109,8 @@ def results(sweep: Sweep, base_dir: Path, failures: Mapping[Cell, str]) -> list[
         sets = dict.fromkeys(name for one in metrics for name in one["perplexity"])
         perplexities = {}
         for name in sets:
-            values = tuple(finite_or_infinite(one["perplexity"][name]) for one in metrics)
-            dense = [finite_or_infinite(one["dense_perplexity"][name]) for one in metrics if name in one["dense_perplexity"]]
+            values = tuple(with_infinite(one["perplexity"])[name] for one in metrics)
+            dense = [value for one in metrics if (value := with_infinite(one["dense_perplexity"]).get(name)) is not None]
             perplexities[name] = Figure(values, dense=statistics.fmean(dense) if dense else None)
         others = {kind: Figure(tuple(one["sparsity"][kind] for one in metrics)) for kind in ("ssm", "layers")}
         others["seconds"] = Figure(tuple(round(sum(one["seconds"].values()), 3) for one in metrics))
@@ -187,7 +187,7 @@ def _shown(sweep: Sweep, found: Sequence[Result]) -> tuple[list[str], list[list[
     for one in found:
         values = [short[name][str(one.point.values[name])] for name in sweep.varied] or [sweep.name]
         figures = [one.perplexities.get(name, Figure(())).text for name in sets]
-        rows.append([*values, *figures, *(NOTHING if x.mean is None else tables.number(x.mean) for x in one.others.values()),
+        rows.append([*values, *figures, *(NOTHING if x.mean is None else figure_text(x.mean) for x in one.others.values()),
                      one.state])  # fmt: skip
     return [*(sweep.varied or ["sweep"]), *(f"perplexity {name}" for name in sets.values()), *_OTHERS], rows
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from sparsessm.report import charts, looks, maps, plots
 from sparsessm.report.results import read_run, read_runs
-from sparsessm.report.wording import perplexity_text, short_names
+from sparsessm.report.wording import figure_text, short_names
 
 STYLE = Path(plots.__file__).with_name("page.css")
 
@@ -26,7 +26,7 @@ def test_pictures_show_the_numbers_they_should(experiments):
     dense = named["dense"].perplexity["demo"]
     assert [line.label for line in first.series] == ["sparsessm", "magnitude", "sparsessm_dev"]
     assert first.series[0].line == ((0.3, named["vote"].perplexity["demo"] - dense),)
-    assert first.y.label.startswith("perplexity above dense") and f"dense {perplexity_text(dense)}" in first.note
+    assert first.y.label.startswith("perplexity above dense") and f"dense {figure_text(dense)}" in first.note
     assert [line.label for line in both.series] == ["sparsessm, alpha 0.04"] and both.x.ticks == (0.5,)
     thirty, fifty = charts.state_charts(records, of_all)
     mean = np.mean([mask.numpy().mean(0) for mask in named["vote"].masks().values()], 0)
@@ -129,9 +129,9 @@ def test_colours_can_be_read_and_told_apart():
     assert len(set(looks.METHOD_STYLES.values())) == len(looks.METHOD_STYLES)
 
 
-@pytest.mark.parametrize(("value", "shown"), [(67.684, "67.68"), (1234.56, "1234.6"), (2.31e7, "2.3e+07")])
+@pytest.mark.parametrize(("value", "shown"), [(67.684, "67.68"), (-0.001, "0.00"), (2.31e7, "2.31e+07")])
 def test_perplexities_read_well(value, shown):
-    assert perplexity_text(value) == shown
+    assert figure_text(value) == shown
 
 
 def test_names_are_as_short_as_they_can_be():

@@ -132,8 +132,8 @@ def test_zero_shot_and_infinite_perplexity_are_shown(tmp_path, capsys, run_repor
     assert run_report([tmp_path / "e", "-o", tmp_path / "r.html"]) == 0
     assert "2 runs" in capsys.readouterr().out
     one, two = table_of(parsed(tmp_path / "r.html"), "results-table")
-    assert one["perplexity demo"] == ["Infinity", "infinite"] and two["perplexity demo"] == ["", "not a number"]
-    assert (one["perplexity ptb"][1], two["perplexity ptb"][1]) == ("12345.7", "3.0e+07")
+    assert one["perplexity demo"] == ["Infinity", "inf"] and two["perplexity demo"] == ["", "not a number"]
+    assert (one["perplexity ptb"][1], two["perplexity ptb"][1]) == ("12345.68", "3.00e+07")
     assert one["zero\u2011shot mean"] == ["0.6", "60 %"] and two["zero\u2011shot mean"][0] == ""
     assert two["peak cuda"] == [str(2**31), "2.00 GiB"] and one["peak cuda"][0] == ""
     assert "because it is not finite: one, two" in (tmp_path / "r.html").read_text()

@@ -1,4 +1,4 @@
-"""The paper's tables by one command: which runs they ask for, what their files say, and that a job resumes."""
+"""The paper's tables by one command: which runs they ask for, and that a job resumes."""
 
 import csv
 import json
@@ -17,9 +17,9 @@ from scripts import reproduce
 from sparsessm import commandline
 from sparsessm.errors import InputError
 from sparsessm.options import PLACES
-from sparsessm.runs import paper, paper_output
+from sparsessm.runs import paper
 from sparsessm.runs.paper import Changes, entries
-from tests.latex import rows_of
+from tests.finished_runs import leave_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = json.loads((ROOT / "sparsessm" / "metrics" / "paper_tables.json").read_text())["tables"]
@@ -30,16 +30,6 @@ def cells_of(name, **changes):
     """Options of a table's runs by row, for one model."""
     lines = entries(paper.load(name), Changes(**changes))
     return {line.row: line.cells[0].options for line in lines}
-
-
-def leave_run(base, cell, perplexity, zero_shot=None):
-    """What a finished run of a cell leaves, with the given figures by data set."""
-    run = base / cell.name / "20260101-000000"
-    run.mkdir(parents=True)
-    (run / "options.json").write_text(json.dumps(cell.settings))
-    metrics = {"perplexity": perplexity, "zero_shot": zero_shot or {}}
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    return run
 
 
 @pytest.mark.parametrize("name", paper.names())
@@ -157,164 +147,6 @@ def test_mistakes_are_named(table, changes, message):
         entries(paper.load(table), Changes(**changes))
 
 
-@pytest.fixture
-def measured(tmp_path):
-    """ssm_50 with made-up runs of a folder mamba-130m-hf: dense, and sparsessm under three seeds; sparsegpt failed."""
-    model = tmp_path / "mamba-130m-hf"
-    model.mkdir()
-    base, table = tmp_path / "runs", paper.load("ssm_50")
-    changes = Changes(models=[str(model)], seeds=[0, 1, 2], only=["dense", "magnitude", "sparsegpt", "sparsessm"])
-    lines = entries(table, changes)
-    cells = {line.row: line.cells for line in lines}
-    scores = {"piqa": 0.63, "arc_easy": 0.4815, "arc_challenge": 0.25, "winogrande": 0.5, "openbookqa": 0.286, "mean": 0.5}
-    scores = {task: {"metric": "acc", "value": value, "stderr": 0.01} for task, value in scores.items()}
-    leave_run(base, cells["dense"][0], {"wikitext2": 20.61, "ptb": 32.5, "c4": float("inf")}, scores)
-    for cell, value in zip(cells["sparsessm"], (27.0, 28.0, 30.0), strict=True):
-        leave_run(base, cell, {"wikitext2": value, "ptb": 50.0, "c4": 31.47})
-    failures = dict.fromkeys(cells["sparsegpt"], "error: no | memory_left (exit code 1; log)")
-    return paper.fill_in(table, lines, base, failures), base
-
-
-# mean 28.333, published 27.7; squares of the distances 1.778 + 0.111 + 2.778 = 4.667, halved 2.333, root 1.528
-def test_markdown_shows_published_ours_and_difference(measured, tmp_path):
-    filled, base = measured
-    lines = paper_output.markdown(filled, tmp_path / "out").splitlines()
-    accuracies = lines.index("## Zero-shot accuracy, %")
-    head, _, dense, magnitude, sparsegpt, sparsessm = (line for line in lines[:accuracies] if line.startswith("|"))
-    assert head.startswith("| model | row | wikitext2 published | wikitext2 ours | difference | ptb published |")
-    assert dense == "| mamba-130m | dense | 20.6 | 20.61 | +0.01 | 32.75 | 32.50 | -0.25 | 25.66 | inf | +inf | [1] |"
-    assert magnitude == "| mamba-130m | magnitude | 740.3 | – | – | 1109 | – | – | 273 | – | – | – |"
-    assert sparsegpt == "| mamba-130m | sparsegpt | 2.4e+07 | failed | – | 6.1e+06 | failed | – | 390000 | failed | – | – |"
-    assert sparsessm.startswith("| mamba-130m | sparsessm | 27.7 | 28.33 ± 1.53 (+7.72) | +0.63 | 47.81 | 50.00 ± 0.00 (+")
-    assert sparsessm.endswith("| [2] [3] [4] |")
-    head, _, dense, magnitude, *_ = (line for line in lines[accuracies:] if line.startswith("|"))
-    assert head.startswith("| model | row | openbookqa published | openbookqa ours | difference | piqa published |")
-    assert dense.startswith("| mamba-130m | dense | 28.6 | 28.60 | +0.00 | 63.28 | 63.00 | -0.28 | 48.02 | 48.15 | +0.13 |")
-    assert dense.endswith("| 43.36 | 50.00 | +6.64 | [1] |") and magnitude.endswith("| 39.84 | – | – | – |")
-    assert "- mamba-130m, sparsegpt, seed 1: error: no | memory_left (exit code 1; log)" in lines
-    run = next(base.glob("mamba-130m-hf-dense-*/*"))
-    assert f"1. `{os.path.relpath(run, tmp_path / 'out')}`" in lines
-    assert any("one of them looks like a slip" in line for line in lines)
-    assert any("sample over 3 seeds" in line for line in lines)
-
-
-def test_csv_has_every_figure_unrounded(measured):
-    filled, _ = measured
-    rows = {(row["row"], row["column"]): row for row in csv.DictReader(paper_output.comma_separated(filled).splitlines())}
-    assert len(rows) == 4 * 9
-    found = rows["sparsessm", "wikitext2"]
-    assert float(found["published"]) == PUBLISHED["ssm_50"]["rows"]["mamba-130m"]["sparsessm"]["wikitext2"]
-    assert float(found["ours"]) == pytest.approx(85 / 3) and float(found["difference"]) == pytest.approx(85 / 3 - 27.7)
-    assert float(found["standard_deviation"]) == pytest.approx((7 / 3) ** 0.5) and found["seeds"] == "3"
-    assert all((Path(run) / "metrics.json").is_file() for run in found["runs"].split(";"))
-    assert found["runs"].count(";") == 2
-    assert (rows["dense", "c4"]["ours"], rows["dense", "c4"]["standard_deviation"]) == ("inf", "")
-    missing = rows["magnitude", "wikitext2"]
-    assert (missing["published"], missing["ours"], missing["difference"], missing["runs"]) == ("740.3", "", "", "")
-    assert float(rows["dense", "average"]["ours"]) == 50.0
-
-
-def test_latex_shows_the_same(measured):
-    filled, base = measured
-    text = paper_output.latex(filled)
-    rows = rows_of(text)
-    assert rows[0] == ["", "", *(rf"\multicolumn{{3}}{{c}}{{{name}}}" for name in ("wikitext2", "ptb", "c4"))]
-    assert r"\cmidrule(lr){3-5} \cmidrule(lr){6-8} \cmidrule(lr){9-11}" in text.splitlines()
-    assert rows[1] == ["model", "row", *("published", "ours", "difference") * 3]
-    figures = {row[1]: row[2:] for row in rows[2:6]}
-    assert figures["dense"][:6] == ["20.6", "20.61", "+0.01", "32.75", "32.50", "$-$0.25"]
-    assert figures["sparsessm"][:3] == [r"\textbf{27.7}", r"\textbf{28.33 $\pm$ 1.53 (+7.72)}", "+0.63"]
-    assert figures["magnitude"][:3] == ["740.3", "--", "--"]
-    assert r"\multicolumn{3}{c}{arc\_easy}" in rows[6] and len(rows) == 12
-    labels = re.findall(r"\\label\{(.*)\}", text)
-    assert labels == ["tab:ssm-50-perplexity", "tab:ssm-50-zero-shot-accuracy"]
-    assert r"\caption{50 \% of A\_log pruned, unstructured. Perplexity; in bold the best of the pruned models." in text
-    run = next(base.glob("mamba-130m-hf-dense-*/*"))
-    assert text.splitlines()[text.splitlines().index(f"% {run}") + 1].startswith("mamba-130m & dense & 20.6 & 20.61 &")
-
-
-def test_what_varies_has_its_own_columns_and_two_folders_of_one_name_their_parents(tmp_path):
-    models = [tmp_path / one / "mamba" for one in "ab"]
-    for folder in models:
-        folder.mkdir(parents=True)
-    lines = entries(paper.load("sparsity"), Changes(models=list(map(str, models)), only=["dense", "sparsessm"]))
-    assert lines[1].cells[0].label == "a/mamba, sparsessm, sparsity 0.1"
-    for line, value in zip(lines, (20.0, 19.5, None), strict=False):
-        leave_run(tmp_path, line.cells[0], {"wikitext2": value})
-    filled = paper.fill_in(paper.load("sparsity"), lines, tmp_path, {})
-    shown = paper_output.text(filled).splitlines()
-    assert shown[1].split() == ["model", "row", "sparsity", "wikitext2"]
-    assert shown[3].split()[:4] == ["a/mamba", "dense", "–", "20.00"]
-    assert shown[4].split() == ["a/mamba", "sparsessm", "0.1", "19.50", "(-0.50)"]
-    assert shown[5].split() == ["a/mamba", "sparsessm", "0.2", "inf", "(+inf)"]
-    rows = rows_of(paper_output.latex(filled))
-    assert rows[2] == ["a/mamba", "sparsessm", "0.1", r"\textbf{19.50 ($-$0.50)}"]
-    assert paper_output.latex(filled).count(r"\midrule") == 2  # below the head, and between the models
-
-
-def test_json_leads_from_figures_to_runs(measured):
-    filled, base = measured
-    lines = {line["row"]: line for line in paper_output.trace(filled, base)["lines"]}
-    assert [run["state"] for run in lines["sparsessm"]["runs"]] == ["done"] * 3
-    assert lines["sparsessm"]["figures"]["wikitext2"]["ours"] == [27.0, 28.0, 30.0]
-    assert {run["state"] for run in lines["sparsegpt"]["runs"]} == {"failed"}
-    assert {run["state"] for run in lines["magnitude"]["runs"]} == {"to do"}
-    (dense,) = lines["dense"]["runs"]
-    assert (Path(dense["folder"]) / "metrics.json").is_file()
-    words = shlex.split(dense["command"])
-    assert words[:2] == ["python", "main.py"] and commandline.parse(words[2:])[0].method is None
-
-
-@pytest.mark.parametrize("name", ["transfer", "ssm_50"])
-def test_a_table_without_published_figures_shows_ours_alone(tmp_path, name):
-    table = paper.load(name)
-    lines = entries(table, Changes(models=["demo"], only=["dense"]))
-    leave_run(tmp_path, lines[0].cells[0], {"wikitext2": 1.5, "ptb": 123456.0, "c4": 3.0})
-    filled = paper.fill_in(table, lines, tmp_path, {})
-    page = paper_output.markdown(filled, tmp_path)
-    assert "| model | row | wikitext2 | ptb | c4 | runs |" in page
-    assert "| demo | dense | 1.50 | 1.23e+05 | 3.00 | [1] |" in page
-    assert r"\begin{tabular}{llrrr}" in paper_output.latex(filled) and "slip" not in page
-
-
-def test_data_sets_of_one_name_keep_their_columns_apart(tmp_path):
-    folders = [tmp_path / one / "news" for one in "ab"]
-    for folder in folders:
-        folder.mkdir(parents=True)
-    changes = Changes(models=["demo"], ppl_datasets=[str(folder) for folder in folders], only=["dense"])
-    lines = entries(paper.load("ssm_50"), changes)
-    leave_run(tmp_path, lines[0].cells[0], {str(folder): i for i, folder in enumerate(folders)})
-    filled = paper.fill_in(paper.load("ssm_50"), lines, tmp_path, {})
-    assert filled.perplexities == ["a/news", "b/news"]
-    assert [filled.lines[0].figures[column].mean for column in filled.perplexities] == [0, 1]
-
-
-def test_other_settings_than_the_published_ones_are_said_where_figures_are_compared(tmp_path):
-    model = tmp_path / "mamba-130m"
-    model.mkdir()
-    table, small = paper.load("ssm_50"), {"seqlen": 128, "eval_windows": 8, "nsamples": 4}
-    remarks = {}
-    for name, flags in ((str(model), small), (str(model), {}), ("demo", small)):
-        lines = entries(table, Changes(models=[name], flags=flags))
-        remarks[name, len(flags)] = " ".join(paper.fill_in(table, lines, tmp_path, {}).remarks)
-    said = "(windows of 128 tokens, not 2048; the first windows of the text only; calibrated on 4 windows of wikitext2)"
-    assert said in remarks[str(model), 3]
-    assert "not measured" not in remarks[str(model), 0] and remarks["demo", 3] == ""
-
-
-def test_a_mean_over_other_tasks_is_not_compared_with_the_published_average(tmp_path):
-    model = tmp_path / "mamba-130m"
-    model.mkdir()
-    lines = entries(paper.load("ssm_50"), Changes(models=[str(model)], only=["dense"], argv=["--eval_zero_shot"]))
-    scores = {"mine": {"value": 0.25}, "piqa": {"value": 0.75}, "mean": {"value": 0.5}}
-    leave_run(tmp_path, lines[0].cells[0], {"wikitext2": 1.0}, scores)
-    filled = paper.fill_in(paper.load("ssm_50"), lines, tmp_path, {})
-    figures = filled.lines[0].figures
-    assert filled.accuracies[-2:] == ["mine", "mean"]
-    assert (figures["piqa"].mean, figures["mine"].mean, figures["mean"].mean) == (75.0, 25.0, 50.0)
-    assert figures["average"].published == 43.36 and figures["average"].mean is None
-
-
 def test_dry_run_lists_what_is_to_do_and_runs_nothing(tmp_path, capsys):
     lines = entries(paper.load("ssm_50"), Changes(models=["demo"]))
     done = leave_run(tmp_path, lines[0].cells[0], {"wikitext2": 1.0})
@@ -365,13 +197,14 @@ def snapshot(base):
 
 
 @pytest.mark.slow
-def test_a_grid_is_filled_killed_gone_on_with_and_left_alone_when_done(tmp_path, text_folder):
+def test_a_grid_is_filled_killed_gone_on_with_and_left_alone_when_done(tmp_path, text_folder, capsys):
     """On the demo model; of a second model, which is broken, every run fails."""
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "mamba"}')
     base, out = tmp_path / "runs", tmp_path / "out"
-    words = ["ssm_50", "--dataset", text_folder, *SMALL, "--only", "dense", "sparsessm", "--base_dir", base, "--out", out]
+    words = ["ssm_50", "--dataset", str(text_folder), *SMALL, "--only", "dense", "sparsessm", "--base_dir", str(base),
+             "--out", str(out)]  # fmt: skip
 
     process = command(*words, "--models", "demo", start_new_session=True)
     while not (list(base.glob("demo-dense-*/*/metrics.json")) and list(base.glob("demo-sparsessm-*/*/options.json"))):
@@ -382,10 +215,8 @@ def test_a_grid_is_filled_killed_gone_on_with_and_left_alone_when_done(tmp_path,
     done = {path: time for path, time in snapshot(base).items() if path.parent.parent.name.startswith("demo-dense-")}
     assert not out.exists()
 
-    process = command(*words, "--models", broken, "demo")
-    _, err = process.communicate()
-    assert process.returncode == 1
-    failed = [line for line in err.splitlines() if line.startswith("failed: ")]
+    assert reproduce.main([*words, "--models", str(broken), "demo"]) == 1
+    failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 2 and all("broken has a config but no weights" in line for line in failed)
     assert done.items() <= snapshot(base).items()
     assert len(list(base.glob("demo-sparsessm-*/*/"))) == 1  # the killed run went on
@@ -399,9 +230,7 @@ def test_a_grid_is_filled_killed_gone_on_with_and_left_alone_when_done(tmp_path,
     assert metrics["sparsity"]["ssm"] == 0.5
 
     before = snapshot(base)
-    process = command(*words, "--models", "demo")
-    process.communicate()
-    assert process.returncode == 0 and snapshot(base) == before
+    assert reproduce.main([*words, "--models", "demo"]) == 0 and snapshot(base) == before
     assert sorted(path.name for path in out.iterdir()) == ["ssm_50.csv", "ssm_50.json", "ssm_50.md", "ssm_50.tex"]
 
 
