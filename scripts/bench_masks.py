@@ -2,8 +2,8 @@
 
     python scripts/bench_masks.py [--hidden 768] [--rank 48] [--threads 2] [--rounds 3]
 
-Random weights and inputs, half of each module; solvers in turn, medians, the ratio of each round; seconds of this process on all
-its threads, which other work on the machine does not add to. `polish` is the refinement that sparsessm_obs adds to either.
+Random weights and inputs, half of each module; solvers in turn, medians, the ratio of each round. Seconds of this process on
+all its threads, to which other work does not add. `polish` is the refinement that sparsessm_obs adds to either.
 """
 
 from __future__ import annotations
