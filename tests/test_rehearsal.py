@@ -5,20 +5,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.family import family_checkpoint
+from tests.processes import ROOT, Command
 
-ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--seqlen", 32, "--nsamples", 4, "--eval_windows", 4, "--dry_run"]
-
-
-def command(*words):
-    """What a fresh process prints: the memory of this one holds other tests."""
-    argv = [sys.executable, "main.py", *map(str, words)]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def rows(told):
@@ -47,9 +40,11 @@ def test_it_says_what_would_be_pruned_and_writes_nothing(run_main, text_folder, 
 def test_the_memory_that_it_expects_is_what_a_run_takes(text_folder, tmp_path):
     argv = ["demo", text_folder, "--method", "sparsessm", "--prune_A", "--prune_layers", "--sparsity", 0.5, "--seqlen", 128,
             "--nsamples", 24, "--eval_windows", 24]  # fmt: skip
-    told = command(*argv, "--dry_run")
+    dry = Command(*argv, "--dry_run")
+    told, _ = dry.communicate()
     number, unit = re.search(r"memory: about ([0-9.]+) (MiB|GiB)", told).groups()
-    command(*argv, "--base_dir", tmp_path)
+    words = [sys.executable, "main.py", *map(str, argv), "--base_dir", tmp_path]  # imports count for what it takes
+    subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
     (metrics,) = tmp_path.glob("default/*/metrics.json")
     measured = json.loads(metrics.read_text())["peak_memory_bytes"]["process"] / 2**20
     assert float(number) * {"MiB": 1, "GiB": 1024}[unit] == pytest.approx(measured, rel=0.25)

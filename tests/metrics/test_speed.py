@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -178,12 +179,17 @@ def test_the_script_prints_a_row_for_each_checkpoint_and_one_sentence(tiny_check
 
 
 @pytest.mark.slow
-def test_the_script_as_a_process(tmp_path, tiny_checkpoint):
+def test_the_script_as_a_process(tiny_checkpoint):
     argv = [sys.executable, "scripts/bench_inference.py", "--prompt", "4", "--tokens", "1", "--rounds", "1"]
     done = subprocess.run([*argv, tiny_checkpoint()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "batch 1, prompts of 4 tokens, 1 decoded" in done.stdout
-    (tmp_path / "empty").mkdir()
-    done = subprocess.run([*argv, tmp_path / "empty"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_the_script_ends_in_one_line_for_what_is_no_checkpoint(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_inference.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts" / "bench_inference.py"), run_name="__main__")
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.out == ""
+    (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert "has no config.json" in line

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -213,22 +212,16 @@ def test_a_job_of_the_array_runs_its_point():
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_in_parallel_and_its_points_are_there_for_the_array(tmp_path, text_folder):
+def test_a_sweep_runs_in_parallel_and_its_points_are_there_for_the_array(tmp_path, text_folder, capsys):
     file, base = ROOT / "scripts" / "sweeps" / "aggregation.yaml", tmp_path / "runs"
     words = [str(file), "--set", *SMALL, f"dataset={text_folder}", "aggregate=vote", "--base_dir", str(base),
              "--out", str(tmp_path / "out")]  # fmt: skip
 
-    def call(*more):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run([sys.executable, str(ROOT / "scripts" / "sweep_local.py"), *words, *more], env=environment,
-                              capture_output=True, text=True)  # fmt: skip
-
-    assert call("--index", "1").returncode == 0
+    assert sweep_local.main([*words, "--index", "1"]) == 0
     (alone,) = base.glob("*/*/metrics.json")
     assert json.loads((alone.parent / "options.json").read_text())["saliency"] == "transition"
     assert not (tmp_path / "out").exists()
-    ended = call("--workers", "2")
-    assert ended.returncode == 0 and "failed" not in ended.stderr
+    assert sweep_local.main([*words, "--workers", "2"]) == 0 and "failed" not in capsys.readouterr().err
     runs = {path: path.stat().st_mtime_ns for path in base.glob("*/*/metrics.json")}
     assert len(runs) == 2 and alone in runs
     with (tmp_path / "out" / "aggregation.csv").open() as stream:
@@ -238,5 +231,5 @@ def test_a_sweep_runs_in_parallel_and_its_points_are_there_for_the_array(tmp_pat
         assert float(row[f"perplexity {text_folder.name}"]) == metrics["perplexity"][str(text_folder)]
         assert float(row["ssm"]) == 0.5
     assert {row["saliency"] for row in rows} == {"a_log", "transition"}
-    assert call("--workers", "2").returncode == 0
+    assert sweep_local.main([*words, "--workers", "2"]) == 0
     assert runs == {path: path.stat().st_mtime_ns for path in base.glob("*/*/metrics.json")}
