@@ -68,20 +68,15 @@ def _described(cell: grid.Cell, base_dir: Path) -> str:
 
 @ending_in_one_line
 def main(argv: Sequence[str]) -> int:
-    parser = grid.Parser(__doc__)
+    parser = grid.parser(__doc__)
     parser.add_argument("table", help=f"one of: {', '.join(paper.names())}")
     parser.add_argument("--models", nargs="+", help=f"{', '.join(paper.MODELS)}, hub ids, folders, or demo")
     parser.add_argument("--dataset", nargs="+", help="text for calibration, and for evaluation without --ppl_datasets")
     parser.add_argument("--ppl_datasets", nargs="+", help="texts for evaluation")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="rows to keep, by name or method")
-    parser.add_argument("--seeds", nargs="+", type=int, help="repeat each run; the table shows mean and deviation")
     passed = ("seqlen", "nsamples", "eval_windows")
     for name in passed:
         parser.add_argument(f"--{name}", type=int, help="as of main.py")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--devices", nargs="+", help="GPUs that the workers take in turn (default: all there are)")
-    parser.add_argument("--base_dir", type=Path, default=Path("experiments"), help="folder of all run folders")
-    parser.add_argument("--out", type=Path, help="folder for the tables (default: BASE_DIR/tables)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
     known, further = parser.parse_known_args(argv)
     flags = {name: value for name in passed if (value := getattr(known, name)) is not None}

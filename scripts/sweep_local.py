@@ -56,14 +56,9 @@ def sweep_local(
 
 @ending_in_one_line
 def main(argv: Sequence[str]) -> int:
-    parser = grid.Parser(__doc__)
+    parser = grid.parser(__doc__)
     parser.add_argument("file", type=Path, help="sweep file, as `wandb sweep` takes it; method grid")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="other parameters")
-    parser.add_argument("--seeds", nargs="+", type=int, help="repeat each run; the table shows mean and deviation")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--devices", nargs="+", help="GPUs that the workers take in turn (default: all there are)")
-    parser.add_argument("--base_dir", type=Path, default=Path("experiments"), help="folder of all run folders")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: BASE_DIR/sweeps)")
     parser.add_argument("--index", type=int, help="do this run alone, counted from 0")
     parser.add_argument("--count", action="store_true", help="print the number of runs and run nothing")
     known = parser.parse_args(argv)

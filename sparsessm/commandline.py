@@ -34,7 +34,9 @@ def program() -> str:
     return f"python {shlex.quote(str(called)) if called.name.endswith('main.py') else 'main.py'}"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A mistake in the arguments is an InputError, one line like any other."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
@@ -66,7 +68,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=program(),
         usage=_USAGE.format(program()),
         description="Prune a Mamba language model, or a hybrid, in one shot; measure its perplexity; save it.\n"

@@ -269,3 +269,7 @@ class Options:
     def removal_target(self) -> str:
         """The parts that a removing method removes."""
         return self.shed_target or ("ssm" if self.prune_A else "mamba_block")
+
+
+# Of the options, as JSON gives them back.
+DEFAULTS = {s.name: list(s.default) if isinstance(s.default, tuple) else s.default for s in dataclasses.fields(Options)}

@@ -6,6 +6,7 @@ A command is a line of an indented or fenced block that begins with a program of
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -105,26 +106,48 @@ def desk(tmp_path_factory, text_folder):
     return folder
 
 
+@pytest.fixture
+def run_program(desk, monkeypatch, capsys, tokenised_once):
+    """run_program(words, environment) -> exit code and stderr of `python PROGRAM ...` on the desk.
+
+    A program of the repository runs in this process: that it runs in one of its own is held by other tests, and each would
+    take seconds to import torch and to read the same text.
+    """
+    monkeypatch.chdir(desk)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    def run(words, environment):
+        if words[0] != "python" or not words[1].endswith(".py"):
+            modules = {"python": (), "sparsessm": ("-m", "sparsessm"), "torchrun": ("-m", "torch.distributed.run")}
+            words = [sys.executable, *modules[words[0]], *words[1:]] if words[0] in modules else words
+            done = subprocess.run(words, capture_output=True, text=True, env=os.environ | environment)
+            return done.returncode, done.stderr
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", words[1:])
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as end:
+                runpy.run_path(words[1], run_name="__main__")
+        return end.value.code or 0, capsys.readouterr().err
+
+    return run
+
+
 RUN = [page for page in PAGES if any(need is None for _, need in commands(page))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
-def test_commands_without_a_mark_run_in_their_order(page, desk):
+def test_commands_without_a_mark_run_in_their_order(page, run_program):
     for text, need in commands(page):
         if need is None:
-            variables, words = [], [PLACES.get(word, word) for word in shlex.split(text)]
+            environment, words = {}, [PLACES.get(word, word) for word in shlex.split(text)]
             while "=" in words[0]:
-                variables.append(words.pop(0).split("=", 1))
+                environment |= [words.pop(0).split("=", 1)]
             words += next((more for script, more in FEWER.items() if script in words), [])
-            if words[0] in ("python", "sparsessm"):
-                words = [sys.executable, *(["-m", "sparsessm"] if words[0] == "sparsessm" else []), *words[1:]]
-            if words[0] == "torchrun":
-                words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"} | dict(variables)
-            done = subprocess.run(words, cwd=desk, capture_output=True, text=True, env=environment)
-            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-            printed = dict(match.groups() for line in done.stderr.split("\n") if (match := _FIGURE.fullmatch(line)))
+            code, said = run_program(words, environment)
+            assert code == 0, f"{text}\n{said}"
+            printed = dict(match.groups() for line in said.split("\n") if (match := _FIGURE.fullmatch(line)))
             for name, value in FIGURES.get((page.name, text), []):
                 assert float(printed[name]) == pytest.approx(value, rel=5e-3), text
 

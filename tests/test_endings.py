@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from sparsessm import steps
 from sparsessm.errors import DivergenceError
+from tests.processes import ROOT, Command
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--seqlen", 64, "--nsamples", 4, "--eval_windows", 2]
 A_LOG = ["--method", "sparsessm", "--prune_A", "--sparsity", 0.5]
 
@@ -147,21 +147,15 @@ def test_variables_of_a_launcher_that_make_no_sense(run_main, text_folder, monke
     assert done.code == 2 and "the variables of a launcher make no sense" in last(done)
 
 
-def command(*argv):
-    values = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "main.py", *map(str, argv)], cwd=ROOT, env=values, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_it_prunes_ends_with_the_line_that_resumes(run_main, tmp_path, text_folder, number):
     argv = ["demo", text_folder, *A_LOG, "--seqlen", 256, "--nsamples", 16, "--eval_windows", 2, "--base_dir", tmp_path]
-    process = command(*argv)
+    process = Command(*argv)
     while process.poll() is None and not list(tmp_path.glob("default/*/layers/ssm-0001*")):
         time.sleep(0.01)
     process.send_signal(number)
-    text, _ = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=60)
     (folder,) = tmp_path.glob("default/*")
     assert process.returncode == 130 and "Traceback" not in text
     assert text.strip().splitlines()[-1] == f"interrupted: resume it by: python main.py --resume {folder}"
@@ -171,7 +165,8 @@ def test_a_signal_while_it_prunes_ends_with_the_line_that_resumes(run_main, tmp_
 
 @pytest.mark.slow
 def test_a_signal_before_anything_is_begun():
-    process = command("demo", "demo")
+    process = subprocess.Popen([sys.executable, "main.py", "demo", "demo"], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)  # fmt: skip
     time.sleep(0.5)  # while torch is imported
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=60)
@@ -202,7 +197,7 @@ def test_two_runs_that_save_to_one_place(run_main, tmp_path, text_folder):
     """The second is refused while the first, stopped in the middle of its work, holds the place."""
     sizes = ["--seqlen", 256, "--nsamples", 16, "--eval_windows", 2]
     base = ["demo", text_folder, *A_LOG, *sizes, "--base_dir", tmp_path / "runs"]
-    first = command(*base, "--save", tmp_path / "out")
+    first = Command(*base, "--save", tmp_path / "out")
     while first.poll() is None and not list(tmp_path.glob("runs/default/*/layers/ssm-0000*")):
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)
@@ -212,6 +207,6 @@ def test_two_runs_that_save_to_one_place(run_main, tmp_path, text_folder):
     resumed = run_main(["--resume", held], base_dir=False)
     assert resumed.code == 2 and "another process is working on this run" in last(resumed)
     first.send_signal(signal.SIGCONT)
-    text, _ = first.communicate(timeout=120)
+    _, text = first.communicate()
     assert first.returncode == 0, text
     assert (tmp_path / "out" / "config.json").is_file() and sorted(os.listdir(tmp_path)) == ["out", "runs"]

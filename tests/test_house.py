@@ -115,7 +115,8 @@ def test_no_file_is_longer_than_four_hundred_lines(file):
 def test_the_core_needs_only_the_core():
     """What one kind of run alone needs is imported where it is used."""
     optional = {"datasets", "wandb", "lm_eval", "mamba_ssm", "causal_conv1d", "matplotlib", "jinja2", "triton", "accelerate"}
-    apart = {"kernels/triton_kernels.py", "kernels/scan_cuda.py"}  # imported where they are used
+    on_gpus = ("triton_kernels", "triton_gradient", "scan_cuda", "scan_gradient_cuda")
+    apart = {f"kernels/{name}.py" for name in on_gpus}  # imported where they are used
     for file in FILES:
         if str(file.relative_to(PACKAGE)) in apart:
             continue

@@ -104,7 +104,7 @@ def scan_by_triton(
         for first in range(0, batch, at_once):
             part = slice(first, first + at_once)
             count = min(at_once, batch - first)
-            _launch(
+            launch(
                 kernels.scan, (triton.cdiv(channels, tile["BD"]), triton.cdiv(count, tile["BB"])),
                 *(x[part] for x in inputs), y[part], A, skip, bias, start[part], state[part], h2, abar, count, *sizes,
                 WITH_SKIP=D is not None, WITH_H2=statistics.h2 is not None, WITH_ABAR=statistics.abar is not None,
@@ -117,7 +117,7 @@ def scan_by_triton(
             effect = "zero" if statistics.gram is None else statistics.effect
             grid = tuple(triton.cdiv(*pair) for pair in ((channels, tile["BD"]), (N, tile["BI"]), (N, tile["BJ"])))
             parts = torch.empty(grid[0] if statistics.hh is not None else 0, N, N, dtype=SUM_DTYPE, device=u.device)
-            _launch(
+            launch(
                 kernels.products, grid, *inputs, A, bias, start, start_counterfactual, counterfactual, parts, gram, batch,
                 *sizes,
                 WITH_HH=statistics.hh is not None, WITH_GRAM=statistics.gram is not None, EFFECT=EFFECTS.index(effect),
@@ -130,7 +130,7 @@ def scan_by_triton(
     return y, state
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     kernel[grid](*arguments, **constants)
 
 

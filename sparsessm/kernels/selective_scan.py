@@ -257,8 +257,8 @@ def selective_scan(
     if u.dtype == torch.float64:
         name = "ref"
     if wants_gradient(u, delta, A, B, C, D, z, delta_bias, h0):
-        if name == "cpu" and statistics is None and decays(A, delta, delta_bias, delta_softplus):
-            with_gradient = _kernel_module("gradient").scan_with_gradient
+        if name != "ref" and statistics is None and decays(A, delta, delta_bias, delta_softplus):
+            with_gradient = _kernel_module({"cpu": "gradient", "cuda": "gradient_cuda"}[name]).scan_with_gradient
             return with_gradient(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0)
         name = "ref"
     if statistics is not None and not statistics.wanted() <= provided(name):

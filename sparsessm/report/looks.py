@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsessm.options import PLACES
-from sparsessm.report.results import DEFAULTS, Record
+from sparsessm.options import DEFAULTS, PLACES
+from sparsessm.report.results import Record
 from sparsessm.report.wording import grouped, number_text, percent_text
 
 # By colour index; the last is for series that are not methods. In page.css they are --s0 to --s6, and others in dark mode.

@@ -6,7 +6,6 @@ A run is a folder with options.json; it has finished when metrics.json is there 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsessm.errors import InputError, first_line
-from sparsessm.options import PLACES, Options
+from sparsessm.options import DEFAULTS, PLACES
 from sparsessm.pruning.methods import METHODS, TIME_PARAMETERS
 from sparsessm.pruning.saliency import SALIENCIES
 
@@ -33,9 +32,6 @@ _PATTERNS = {"entries": "unstructured", "columns": "structured"}
 _TIME_OPTIONS = {"power": "time_power", "discount": "time_discount", "window": "time_window"}
 
 _MOST = 1e300  # no figure of a run is as large, and what draws it computes with powers of ten
-
-# Of the options, as JSON gives them back.
-DEFAULTS = {s.name: list(s.default) if isinstance(s.default, tuple) else s.default for s in dataclasses.fields(Options)}
 
 
 @dataclass(frozen=True)

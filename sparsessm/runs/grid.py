@@ -11,7 +11,6 @@ job was killed and its run lives on, the next job waits for that run instead of 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,26 +21,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from tqdm import tqdm
-
-from sparsessm import files, options
-from sparsessm.commandline import parse
+from sparsessm import files
+from sparsessm.commandline import Parser, parse
 from sparsessm.corpora.names import DATASETS, with_full_path
 from sparsessm.errors import UNUSABLE, InputError, Interrupted, ending_by_signals
-from sparsessm.options import Options
+from sparsessm.options import DEFAULTS, PLACES, Options
+from sparsessm.runs.progress import Progress
 
 COMMAND = (sys.executable, "-P", "-m", "sparsessm")  # -P: not a folder of that name where the job was started
 _PACKAGES = Path(__file__).resolve().parents[2]
 
 _LOOK = 0.5  # seconds between two looks at the pool, and for which a worker waits for another job's run
-_LINE = 60.0  # seconds between two lines of progress where there is no terminal
 # How a run is asked to end, and for how many seconds it is waited for: an interrupt lets it close its log.
 _ENDING = ((signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 60.0))
 _HELD = "a run of another job holds the cell"
@@ -55,16 +52,15 @@ class Stopped(Exception):
         self.exit_code = 128 + number  # as a shell has it
 
 
-class Parser(argparse.ArgumentParser):
-    """The scripts' parser: a mistake in their arguments is an InputError, one line like any other."""
-
-    def __init__(self, about: str) -> None:
-        super().__init__(
-            description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
+def parser(about: str) -> Parser:
+    """The scripts' parser, with the arguments that they share: --seeds, --workers, --devices, --base_dir and --out."""
+    made = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made.add_argument("--seeds", nargs="+", type=int, help="repeat each run; the table shows mean and deviation")
+    made.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
+    made.add_argument("--devices", nargs="+", help="GPUs that the workers take in turn (default: all there are)")
+    made.add_argument("--base_dir", type=Path, default=Path("experiments"), help="folder of all run folders")
+    made.add_argument("--out", type=Path, help="folder for the results (default: one in BASE_DIR)")
+    return made
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class Cell:
     def refusal(self) -> str | None:
         """Why main.py would refuse argv, or None; where it would, the properties below raise InputError."""
         try:
-            parse(self.argv)
+            self.options  # noqa: B018  (it is parsed, and kept)
         except InputError as error:
             return str(error)
         return None
@@ -102,8 +98,7 @@ class Cell:
 
         Defaults are left out, so that a new flag of a later version does not change the names of older runs.
         """
-        defaults = _defaults()
-        changed = {key: value for key, value in self.settings.items() if value != defaults[key]}
+        changed = {key: value for key, value in self.settings.items() if value != DEFAULTS[key]}
         digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:10]
         model = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(self.options.model).name)
         return f"{model}-{self.options.method or 'dense'}-{digest}"
@@ -113,14 +108,9 @@ class Cell:
         return [*self.argv, "--base_dir", str(base_dir), "--experiment_name", self.name]
 
 
-def resolved(name: str, *, reserved: Sequence[str] = ()) -> str:
-    """The name of a model or data set; a local folder by its full path, so that it means the same from everywhere."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if name not in reserved and folder.is_dir() else name
-
-
 def resolved_model(name: str) -> str:
-    return resolved(name, reserved=("demo",))
+    """The name of a model; a local folder by its full path, so that it means the same from everywhere."""
+    return with_full_path(name, reserved=("demo",))
 
 
 def resolved_dataset(name: str) -> str:
@@ -135,8 +125,7 @@ def finished(cell: Cell, base_dir: Path) -> Path | None:
 
 def interrupted(cell: Cell, base_dir: Path) -> Path | None:
     """The newest run of a cell that was interrupted and that this version can resume, or None."""
-    known = {spec.name for spec in dataclasses.fields(Options)}
-    return next((folder for folder, record in _runs(cell, base_dir) if record.keys() == known), None)
+    return next((folder for folder, record in _runs(cell, base_dir) if record.keys() == DEFAULTS.keys()), None)
 
 
 def fill(
@@ -165,7 +154,8 @@ def fill(
         import torch  # here, so that commands that run nothing need not wait for it
 
         devices = device_names(torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return _Job(list(cells), Path(base_dir), workers, devices, group).run()
+    variables = [environment(worker, workers, devices, group) for worker in range(workers)]
+    return _Job(Path(base_dir), variables).run(list(cells))
 
 
 def environment(worker: int, workers: int, devices: Sequence[str], group: str | None) -> dict[str, str]:
@@ -184,24 +174,23 @@ def environment(worker: int, workers: int, devices: Sequence[str], group: str | 
 class _Job:
     """One call of `fill`: a pool of threads, each of which waits for a run."""
 
-    def __init__(
-        self, cells: Sequence[Cell], base_dir: Path, workers: int, devices: Sequence[str], group: str | None
-    ) -> None:
-        self.base_dir, self.workers = base_dir, workers
-        self.cells = cells
+    def __init__(self, base_dir: Path, variables: Sequence[dict[str, str]]) -> None:
+        """variables: of each worker's runs."""
+        self.base_dir, self.workers = base_dir, len(variables)
         self.free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()  # the variables of workers without a run
-        for worker in range(workers):
-            self.free.put(environment(worker, workers, devices, group))
+        for one in variables:
+            self.free.put(one)
         self.running: dict[subprocess.Popen[bytes], str] = {}
         self.gate = threading.Lock()  # no run starts once `stopping` is set
         self.stopping = False
 
-    def run(self) -> dict[Cell, str]:
-        refused = {cell: cell.refusal for cell in self.cells if cell.refusal}
-        able = {cell.name: cell for cell in self.cells if cell not in refused}  # two tables may ask for the same run
+    def run(self, cells: Sequence[Cell]) -> dict[Cell, str]:
+        able = {cell.name: cell for cell in cells if not cell.refusal}  # two tables may ask for the same run
         to_do = [cell for cell in able.values() if not finished(cell, self.base_dir)]
         failed: dict[str, str] = {}  # by the cells' names
-        with ending_by_signals(), ThreadPoolExecutor(self.workers) as pool, Progress(len(able), len(to_do)) as progress:
+        say = partial(print, file=sys.stderr, flush=True)
+        progress = Progress(len(able), "run", say, done=len(able) - len(to_do), leave=True)
+        with ending_by_signals(), ThreadPoolExecutor(self.workers) as pool, progress:
             try:
                 pending = {pool.submit(self._fill, cell): cell for cell in to_do}
                 while pending:
@@ -213,13 +202,19 @@ class _Job:
                         if reason:
                             failed[cell.name] = reason
                         progress.advance()
-                    progress.show(list(self.running.values()), len(failed))
+                    progress.show(self._now(pending), f"{len(failed)} failed" if failed else "")
             except BaseException as error:
                 self._end_all()
                 if isinstance(error, Interrupted):
                     raise Stopped(signal.Signals[str(error)]) from None
                 raise
-        return refused | {cell: failed[cell.name] for cell in self.cells if cell not in refused and cell.name in failed}
+        reasons = {cell: cell.refusal or failed.get(cell.name) for cell in cells}
+        return {cell: reason for cell, reason in reasons.items() if reason}
+
+    def _now(self, pending: Collection[object]) -> str:
+        """What runs, in a few words."""
+        first, *others = list(self.running.values()) or ["waiting for a run of another job" if pending else ""]
+        return first + (f" and {len(others)} more" if others else "")
 
     def _fill(self, cell: Cell) -> str | None:
         """Runs a cell unless it is done; returns why there are no figures, None where there are.
@@ -280,47 +275,6 @@ class _Job:
                 time.sleep(0.05)
 
 
-class Progress:
-    """A bar over all runs on a terminal; elsewhere a line a minute."""
-
-    def __init__(self, total: int, to_do: int) -> None:
-        self.total, self.done, self.n = total, total - to_do, total - to_do
-        self.began = self.said = time.monotonic()
-        # the label comes last: it is what a narrow terminal cuts off
-        self.bar = tqdm(
-            total=total, initial=self.done, unit="run", smoothing=0, disable=None, dynamic_ncols=True,
-            bar_format="{n_fmt} of {total_fmt} runs |{bar:20}| {elapsed}, {remaining} left{postfix}  {desc}",
-        )  # fmt: skip
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def advance(self) -> None:
-        self.n += 1
-        self.bar.update()
-
-    def show(self, running: Sequence[str], failed: int) -> None:
-        """The present state: labels of what runs, and how many runs failed."""
-        now = running[0] if running else "waiting for a run of another job" if self.n < self.total else ""
-        now += f" and {len(running) - 1} more" if len(running) > 1 else ""
-        postfix = f"{failed} failed" if failed else ""
-        if not self.bar.disable:
-            self.bar.set_postfix_str(postfix, refresh=False)
-            self.bar.set_description_str(now)
-        elif time.monotonic() - self.said >= _LINE:
-            self.said = time.monotonic()
-            print(
-                tqdm.format_meter(
-                    self.n, self.total, self.said - self.began, initial=self.done, prefix=now, postfix=postfix,
-                    bar_format="{n_fmt} of {total_fmt} runs after {elapsed}, {remaining} left{postfix}: {desc}",
-                ),
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-
-
 def _runs(cell: Cell, base_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Run folders with a cell's options, the one started last first, and what their options.json says."""
     found = []
@@ -330,18 +284,13 @@ def _runs(cell: Cell, base_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
         except (OSError, ValueError):
             continue
         # an older version had fewer flags: a flag it did not know does nothing by its default
-        if isinstance(record, dict) and _without_places(_defaults() | record) == cell.settings:
+        if isinstance(record, dict) and _settings(DEFAULTS | record) == cell.settings:
             found.append((started, file.parent, record))
     return [(folder, record) for _, folder, record in sorted(found, key=lambda run: run[0], reverse=True)]
 
 
-def _without_places(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in options.PLACES}
-
-
-def _defaults() -> dict[str, Any]:
-    """The default of every option, as JSON has it."""
-    return json.loads(json.dumps({spec.name: spec.default for spec in dataclasses.fields(Options)}))
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in PLACES}
 
 
 def _last_words(console: Path) -> str:

@@ -23,7 +23,7 @@ from sparsessm.errors import InputError, SparseSSMError, StorageError, check_int
 from sparsessm.runs.journal import FOLDER as JOURNAL
 from sparsessm.runs.journal import remove_journal
 from sparsessm.runs.page import Page
-from sparsessm.runs.progress import LogBesideBar, Progress
+from sparsessm.runs.progress import LogBesideBar, Progress, doing
 
 logger = logging.getLogger("sparsessm")
 
@@ -113,13 +113,14 @@ class Run:
 
     def expect(self, layers: int) -> None:
         """Says how many layers, of all phases together, will be reported."""
-        self._progress = Progress(layers, shown=self.is_main)
+        self._progress = Progress(layers, "layer", logger.info, shown=self.is_main)
 
     def report(self, phase: str, layer: int, **figures: float) -> None:
         """Notes a finished layer: an event, a step of the progress bar, a row on wandb."""
         check_interrupted()
         if self._progress is not None:
-            self._progress.step(phase, layer, figures)
+            self._progress.advance()
+            self._progress.show(doing(phase, layer), ", ".join(f"{name}={value:.4g}" for name, value in figures.items()))
         if figures:
             self.event("layer", phase=phase, layer=layer, **figures)
             if self._page is not None:

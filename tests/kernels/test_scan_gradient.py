@@ -166,6 +166,23 @@ def test_a_growing_state_and_a_forced_reference_are_left_to_it():
     assert y.grad_fn is not None and "Scan" not in type(y.grad_fn).__name__
 
 
+@pytest.mark.parametrize("b, L, D, N", [(1, 1, 1, 1), (2, 7, 33, 5), (1, 9, 40, 16)])
+def test_gradients_on_cuda_are_those_of_the_reference(monkeypatch, b, L, D, N):
+    """By Triton's interpreter where there is no GPU; pieces of four steps, so that derivatives are carried over seams."""
+    cuda = pytest.importorskip("sparsessm.kernels.scan_gradient_cuda", reason="triton is not installed")
+    monkeypatch.setattr(cuda, "PIECE", 4)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    given = inputs(b, L, D, N)
+    given["A"][0, 0] = -1e13
+
+    def scan(*, delta_softplus, **some):
+        places = {name: value.to(device) for name, value in some.items()}
+        y, last = cuda.scan_with_gradient(**places, delta_softplus=delta_softplus)
+        return y.cpu(), last.cpu()
+
+    assert off(gradients(scan, given, torch.float32), gradients(selective_scan_ref, given, torch.float64)) < 1e-5
+
+
 def test_memory_grows_with_pieces_not_with_states():
     """What autograd keeps for L steps of D channels with N states: inputs, and a state for every piece."""
     b, L, D, N = 1, 1024, 64, 16

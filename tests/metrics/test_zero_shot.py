@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsessm.metrics import zero_shot
 from sparsessm.metrics.tasks import TASKS
 from tests.family import family_checkpoint
+from tests.processes import job
 
 pytest.importorskip("lm_eval", reason="pip install -r requirements-zero-shot.txt")
 
@@ -312,12 +312,7 @@ def test_the_harness_is_not_loaded_where_it_is_not_asked_for():
 @pytest.mark.slow
 def test_the_first_of_several_processes_asks(tmp_path, dense, text_folder):
     folder = write_task(tmp_path / "tasks", "both")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "main.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    argv = ["demo", str(text_folder), *QUICK[2:], *flags(folder, "both"), "--base_dir", str(tmp_path / "runs")]
-    done = subprocess.run([*launch, *argv], cwd=ROOT,
-                          env=environment, capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    out, err = job(2, "demo", text_folder, *QUICK[2:], *flags(folder, "both"), "--base_dir", tmp_path / "runs")
     (run,) = tmp_path.glob("runs/default/*")
     assert json.loads((run / "metrics.json").read_text())["zero_shot"]["both"]["value"] == pytest.approx(dense[1])
-    assert done.stderr.count("zero-shot both: acc_norm") == 1 and len(done.stdout.strip().splitlines()) == 3
+    assert err.count("zero-shot both: acc_norm") == 1 and len(out.strip().splitlines()) == 3

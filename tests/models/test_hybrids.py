@@ -1,11 +1,7 @@
 """Hybrids: our way through their layers against stock transformers, what of them is pruned, and what stock makes of it."""
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,8 +28,8 @@ from tests.family import (
     random_model_of,
     stock_perplexity,
 )
+from tests.processes import job
 
-ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(64, (5, 21), generator=torch.Generator().manual_seed(3))
 
 
@@ -293,10 +289,7 @@ def test_two_processes_agree_with_one(run_main, demo_dir, text_folder, tmp_path,
     how = ["--method", method, "--prune_A", "--prune_layers", "--sparsity", "0.5", "--calib_batch", "1"]
     one = run(run_main, demo_dir, text_folder, tmp_path, "nemotron_h", *how)
     argv = [tmp_path / "in", text_folder, "--seqlen", "32", "--nsamples", "4", "--eval_windows", "8", *how]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "main.py"]
-    done = subprocess.run([*launcher, *map(str, argv), "--base_dir", tmp_path / "two", "--save", tmp_path / "both"],
-                          cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    job(2, *argv, "--base_dir", tmp_path / "two", "--save", tmp_path / "both")
     masks, expected = (load_file(tmp_path / name / "masks.safetensors") for name in ("both", "out"))
     assert masks.keys() == expected.keys() and len(masks) > 8
     unequal = {name: float((masks[name] != expected[name]).float().mean()) for name in masks}

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsessm.metrics.perplexity import perplexity
 from sparsessm.models import checkpoint, saving
 from sparsessm.models.architecture import Layout
+from tests.processes import Command
 from tests.pruning_checks import prune_transitions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -314,18 +317,13 @@ def test_a_full_disk_leaves_the_target_as_it_was(tmp_path, tiny_model, tokenizer
 
 
 def test_a_disk_that_fills_ends_the_command_with_exit_code_2(tmp_path, demo_dir, text_folder):
-    script = (
-        "import resource, sys; sys.path.insert(0, '.'); import main;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); sys.exit(main.main(sys.argv[1:]))"
-    )
     place = tmp_path / "place"
     arguments = [demo_dir, text_folder, *WAYS["weights"], "--module", "dt_proj", *prune_flags("--save", place / "out")]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments), "--base_dir", str(tmp_path / "runs")],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr[-2000:]
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    done = Command(*arguments, "--base_dir", tmp_path / "runs", before=full)
+    _, said = done.communicate()
+    assert done.returncode == 2, said[-2000:]
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and str(place / "out") in errors[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in said
     assert not place.exists() or os.listdir(place) == []

@@ -2,11 +2,7 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +20,8 @@ from sparsessm.procedure.plan import RemovalPlan
 from sparsessm.procedure.removal import remove_parts
 from sparsessm.pruning.methods import REMOVAL_TARGETS
 from sparsessm.runs.journal import Journal
+from tests.processes import job
 
-ROOT = Path(__file__).resolve().parents[2]
 BLOCK_PARAMETERS = ("norm.weight", "mixer.A_log", "mixer.D", "mixer.in_proj.weight", "mixer.conv1d.weight",
                     "mixer.conv1d.bias", "mixer.x_proj.weight", "mixer.dt_proj.weight", "mixer.dt_proj.bias",
                     "mixer.out_proj.weight")  # fmt: skip
@@ -279,10 +275,7 @@ def test_two_processes_agree_with_one(run_main, tmp_path, text_folder, target):
     argv = ["demo", str(text_folder), "--method", "mamba-shedder", *FLAGS[target], "--sparsity", "0.5", "--seqlen", "128",
              "--nsamples", "7", "--calib_batch", "2", "--eval_windows", "8"]  # fmt: skip
     one = run_main(argv)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "main.py"]
-    done = subprocess.run([*launcher, *argv, "--base_dir", str(tmp_path / "two")], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    job(2, *argv, "--base_dir", tmp_path / "two")
     (folder,) = tmp_path.glob("two/default/*")
     found = [[json.loads(line) for line in (f / "events.jsonl").read_text().splitlines()] for f in (one.folder, folder)]
     alone, shared = ([(e["layer"], e["perplexity"]) for e in events if e["event"] == "layer"] for events in found)

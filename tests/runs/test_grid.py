@@ -20,7 +20,7 @@ import pytest
 from sparsessm import files
 from sparsessm.errors import InputError
 from sparsessm.options import PLACES, Options
-from sparsessm.runs import grid
+from sparsessm.runs import grid, progress
 from sparsessm.runs.grid import Cell, environment, fill, finished, interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -354,7 +354,7 @@ def test_the_command_is_that_of_this_package_from_everywhere(tmp_path):
 def test_without_a_terminal_there_is_a_line_a_minute(stage, capsys, monkeypatch):
     fill([stage.cell(0)], stage.base)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(grid, "_LINE", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     fill([stage.cell(0), stage.cell(1, "linger"), stage.cell(2, "fail")], stage.base)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("1 of 3 runs after 00:00, ? left: seed 1")

@@ -5,16 +5,14 @@ import json
 import os
 import signal
 import struct
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import Command
+
 SMALL = ["--seqlen", "64", "--nsamples", "4", "--eval_windows", "2", "--log_wandb"]
 A_LOG = ["--method", "sparsessm", "--prune_A", "--sparsity", "0.5"]
 
@@ -185,12 +183,12 @@ def test_wandb_missing_is_said_before_anything_heavy(run_main, monkeypatch):
 def test_a_killed_run_continues_its_page(run_main, text_folder, tmp_path, offline):
     """Offline, the second part has a file of its own, which `wandb sync` uploads to the same page after the first."""
     argv = ["demo", str(text_folder), *SMALL, *A_LOG, "--base_dir", str(tmp_path), "--nsamples", "12", "--calib_batch", "1"]
-    process = subprocess.Popen([sys.executable, "main.py", *argv], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = Command(*argv, **{name: value for name, value in os.environ.items() if name.startswith("WANDB_")})
     while not any(rows_of(records_in(file)) for file in tmp_path.glob("default/*/wandb/offline-run-*/*.wandb")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     (folder,) = tmp_path.glob("default/*")
     page = (folder / "wandb.json").read_text()
     reported = (folder / "events.jsonl").read_text().count('"event": "layer"')

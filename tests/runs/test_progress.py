@@ -13,7 +13,7 @@ from sparsessm.procedure.plan import plan_of
 from sparsessm.procedure.prune import prune, reports
 from sparsessm.pruning.methods import METHODS
 from sparsessm.runs import progress
-from sparsessm.runs.progress import LogBesideBar, Progress
+from sparsessm.runs.progress import LogBesideBar, Progress, doing
 from tests.conftest import random_model
 
 IDS = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -60,16 +60,17 @@ def lines():
 
 
 def test_without_a_terminal_there_is_a_line_a_minute(clock, lines, capsys):
-    shown, silent = Progress(40), Progress(40, shown=False)
-    for layer in range(10):
-        clock[0] += 25
-        shown.step("layers", layer, {"error": 0.5})
-        silent.step("layers", layer, {})
-    shown.close()
+    say = logging.getLogger("sparsessm").info
+    with Progress(40, "layer", say) as shown, Progress(40, "layer", say, shown=False) as silent:
+        for layer in range(10):
+            clock[0] += 25
+            for one in (shown, silent):
+                one.advance()
+                one.show(doing("layers", layer), "error=0.5")
     assert lines == [
-        "pruning weights, layer 2: 3 of 40 layers, about 15:25 left",
-        "pruning weights, layer 5: 6 of 40 layers, about 14:10 left",
-        "pruning weights, layer 8: 9 of 40 layers, about 12:55 left",
+        "3 of 40 layers after 01:15, 15:25 left, error=0.5: pruning weights, layer 2",
+        "6 of 40 layers after 02:30, 14:10 left, error=0.5: pruning weights, layer 5",
+        "9 of 40 layers after 03:45, 12:55 left, error=0.5: pruning weights, layer 8",
     ]
     assert capsys.readouterr() == ("", "")
 
@@ -100,13 +101,14 @@ def test_on_a_terminal_lines_and_the_bar_do_not_touch(monkeypatch):
     logger, handler = logging.getLogger("sparsessm.beside"), LogBesideBar()
     logger.addHandler(handler)
     logger.propagate = False
-    shown = Progress(4)
+    shown = Progress(4, "layer", logger.info)
     for layer in range(3):
-        shown.step("eval", layer, {})
+        shown.advance()
+        shown.show(doing("eval", layer))
         logger.warning("line %d", layer)
     *above, bar = on_screen(terminal.getvalue())
     assert above == ["line 0", "line 1", "line 2"]
-    assert bar.startswith("evaluating, layer ") and " of 4 layers, " in bar and bar.endswith("left")
+    assert bar.startswith("3 of 4 layers |") and bar.endswith(" left  evaluating, layer 2")
     shown.close()
     assert on_screen(terminal.getvalue()) == [*above, ""]
     logger.removeHandler(handler)

@@ -8,22 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, Command, job
+
 WORDS = ["--model_path", "demo", "--seqlen", "128", "--nsamples", "12", "--eval_windows", "6", "--calib_batch", "2",
          "--eval_dense", "--method", "sparsessm", "--prune_A", "--prune_layers", "--sparsity", "0.5",
          "--alpha", "0.04"]  # fmt: skip
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def command(*words, launcher=(sys.executable,)):
-    return subprocess.Popen([*launcher, "main.py", *words], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
-                            stdout=subprocess.PIPE)  # fmt: skip
 
 
 def digest(folder):
@@ -39,7 +33,7 @@ def words(text_folder):
 @pytest.fixture(scope="module")
 def undisturbed(words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    process = command(*words, "--base_dir", str(folder / "runs"), "--save", str(folder / "out"))
+    process = Command(*words, "--base_dir", folder / "runs", "--save", folder / "out")
     _, err = process.communicate()
     assert process.returncode == 0, err
     return folder / "out"
@@ -49,7 +43,7 @@ def undisturbed(words, tmp_path_factory):
 def test_a_killed_run_resumes_to_the_same_bytes(words, undisturbed, run_main, tmp_path):
     """Killed at several random moments of its work, and at last let finish."""
     rng, out, runs = random.Random(0), tmp_path / "out", tmp_path / "runs"
-    process = command(*words, "--base_dir", str(runs), "--save", str(out))
+    process = Command(*words, "--base_dir", runs, "--save", out)
     kills = 0
     while kills < 2 and (before := progress(runs)) < 10:  # of 22 records; a kill after the last would be none
         while progress(runs) == before and process.poll() is None:
@@ -59,7 +53,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(words, undisturbed, run_main, tm
         kills += 1
         process.communicate()
         (run,) = runs.glob("default/*")
-        process = command("--resume", str(run))
+        process = Command("--resume", run)
     _, err = process.communicate()
     assert kills == 2
     assert process.returncode == 0, err
@@ -86,10 +80,7 @@ def test_a_resumed_run_notices_that_its_text_has_changed(run_main, tmp_path, tex
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_share_a_job_and_agree_with_one(words, undisturbed, tmp_path, count):
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone"]
-    process = command(*words, "--base_dir", str(tmp_path / "runs"), "--save", str(tmp_path / "out"), launcher=launcher)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
+    out, _ = job(count, *words, "--base_dir", tmp_path / "runs", "--save", tmp_path / "out")
     masks, expected = (load_file(folder / "masks.safetensors") for folder in (tmp_path / "out", undisturbed))
     assert masks.keys() == expected.keys() and all((masks[name] == expected[name]).all() for name in masks)
     weights, one = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", undisturbed))
@@ -102,8 +93,9 @@ def test_processes_share_a_job_and_agree_with_one(words, undisturbed, tmp_path, 
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_with_its_error(words, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    process = command(*words, "--nsamples", "24", "--base_dir", str(tmp_path), launcher=launcher)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "main.py"]
+    process = subprocess.Popen([*launcher, *words, "--nsamples", "24", "--base_dir", tmp_path], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     while not progress(tmp_path) or not list(tmp_path.glob("default/*/layers/ssm-*")):
         assert process.poll() is None
         time.sleep(0.05)
