@@ -135,3 +135,25 @@ def test_gradients_go_through_what_a_window_passes_on(kind):
 
     for found, expected in zip(run(7), run(20), strict=True):
         assert float((found - expected).norm()) < 1e-5 * float(expected.norm())
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_what_a_layer_keeps_does_not_grow_with_steps_times_states(kind):
+    """Bytes that wait for the backward, for each more step: fewer than its states alone, and few more with more states."""
+    def kept(steps, N):
+        model = random_model_of(kind, state_size=N).requires_grad_(True)
+        layout, storages = Layout(model), {}
+
+        def note(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        hidden = torch.randn(1, steps, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = visit(layout.layers[0], layout.mixer(layout.layers[0]), hidden).out
+        out.sum().backward()
+        return sum(storages.values())
+
+    a_step = {N: (kept(1024, N) - kept(512, N)) / 512 for N in (16, 64)}
+    assert a_step[16] < 32 * 16 * 4  # the states alone, of one step
+    assert a_step[64] - a_step[16] < 0.25 * 32 * (64 - 16) * 4
