@@ -18,15 +18,19 @@ def conv_gradient_piece(
     strides: of sample and time step, for x and gout (B,L,channels), the derivatives by the output. gx, gbefore: as x and
     before, whole. gw, gb: (B,K,channels), (B,channels), the sums of each sample. All are filled.
     """
+    xs = floats((steps + K - 1) * LANES)  # before and x
     made = floats((steps + K - 1) * LANES)  # derivatives by what the convolution makes; zero after the last step
     for c in range(first, last, LANES):
         width = min(LANES, last - c)
+        for t in range(K - 1):
+            store(xs, t * LANES, take(before, (sample * (K - 1) + t) * channels + c, width))
+        for t in range(steps):
+            store(xs, (K - 1 + t) * LANES, take(x, sample * strides[0, 0] + t * strides[0, 1] + c, width))
         of_bias = fill(0.0)
         for t in range(steps):
             total = take(bias, c, width)
             for k in range(K):
-                value = _input(x, before, sample, t + k, K, channels, strides, c, width)
-                total = fma(take(weight, k * channels + c, width), value, total)
+                total = fma(take(weight, k * channels + c, width), load(xs, (t + k) * LANES), total)
             g = take(gout, sample * strides[1, 0] + t * strides[1, 1] + c, width) * silu_slope(total)
             of_bias = of_bias + g
             store(made, t * LANES, g)
@@ -34,8 +38,7 @@ def conv_gradient_piece(
         for k in range(K):
             of_weight = fill(0.0)
             for t in range(steps):
-                value = _input(x, before, sample, t + k, K, channels, strides, c, width)
-                of_weight = fma(load(made, t * LANES), value, of_weight)
+                of_weight = fma(load(made, t * LANES), load(xs, (t + k) * LANES), of_weight)
             put(gw, (sample * K + k) * channels + c, width, of_weight)
         for padded in range(steps + K - 1):
             total = fill(0.0)
@@ -45,14 +48,6 @@ def conv_gradient_piece(
                 put(gbefore, (sample * (K - 1) + padded) * channels + c, width, total)
             else:
                 put(gx, (sample * steps + padded - (K - 1)) * channels + c, width, total)
-
-
-@njit(nogil=True)
-def _input(x, before, sample, padded, K, channels, strides, c, width):
-    """What lies at a step of before and x, one after the other."""
-    if padded < K - 1:
-        return take(before, (sample * (K - 1) + padded) * channels + c, width)
-    return take(x, sample * strides[0, 0] + (padded - (K - 1)) * strides[0, 1] + c, width)
 
 
 @njit(nogil=True)

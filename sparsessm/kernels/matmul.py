@@ -40,10 +40,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        flat = gradient.reshape(-1, weight.shape[0])  # (tokens,rows)
+        # copies of what has gaps: oneDNN takes hundreds of times as long where there are some in what it is to transpose
+        flat, weight = gradient.reshape(-1, weight.shape[0]).contiguous(), weight.contiguous()  # (tokens,rows)
         return (
             _product(flat, weight.T).view(x.shape) if for_x else None,
-            _product(flat.T, x.reshape(-1, weight.shape[1]).T) if for_weight else None,
+            _product(flat.T, x.reshape(-1, weight.shape[1]).contiguous().T) if for_weight else None,
             flat.sum(0) if for_bias else None,
         )
 

@@ -53,7 +53,7 @@ def selective_scan_cuda(
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan_ref` for tensors in the memory of a GPU, see there: inputs of 32 or 16 bits, no gradients."""
     values = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    if not _triton_works(u.device):
+    if not triton_works(u.device):
         return selective_scan_ref(*values, h0, statistics)
     plain = h0 is None and (statistics is None or not statistics.tensors())
     if plain and A.shape[1] <= 256 and all(x is None or x.dtype == u.dtype for x in (delta, B, C, z)):
@@ -164,7 +164,7 @@ def _sums(x: Tensor | None, shape: tuple[int, ...], nothing: Tensor) -> Tensor:
 
 
 @functools.cache
-def _triton_works(device: torch.device) -> bool:
+def triton_works(device: torch.device) -> bool:
     """Whether a kernel can be compiled and run: Triton wants a C compiler, and a GPU that it knows."""
     ones = torch.ones(1, 2, 1, device=device)
     try:

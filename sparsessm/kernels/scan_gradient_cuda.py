@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsessm.kernels import scan_cuda
+from sparsessm.kernels.selective_scan import selective_scan_ref
 from sparsessm.kernels.triton_gradient import gradient
 
 # Time steps whose states are computed again together.
@@ -29,7 +30,12 @@ def scan_with_gradient(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, h0: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`selective_scan_ref` in float32 for tensors of which some want gradients, and A <= 0; skip and gate are torch's."""
+    """`selective_scan_ref` in float32 for tensors of which some want gradients, and A <= 0; skip and gate are torch's.
+
+    Where Triton does not work, torch finds the gradients by the reference.
+    """
+    if not scan_cuda.triton_works(u.device):
+        return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0)
     x, gate = u.float(), None if z is None else F.silu(z.float())
     dt = delta.float() if delta_bias is None else delta.float() + delta_bias.float()
     dt = F.softplus(dt) if delta_softplus else dt

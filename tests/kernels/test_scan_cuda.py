@@ -12,6 +12,7 @@ import torch
 from sparsessm.kernels.selective_scan import ScanStatistics, selective_scan_ref
 
 scan_cuda = pytest.importorskip("sparsessm.kernels.scan_cuda", reason="triton is not installed")
+scan_gradient_cuda = pytest.importorskip("sparsessm.kernels.scan_gradient_cuda", reason="triton is not installed")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,15 +100,18 @@ def test_where_triton_does_not_work_the_reference_serves(monkeypatch):
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
     monkeypatch.setattr(scan_cuda, "launch", no_compiler)
-    scan_cuda._triton_works.cache_clear()
+    scan_cuda.triton_works.cache_clear()
     try:
         with pytest.warns(UserWarning, match="slow scan .* RuntimeError: Failed to find C compiler.$") as caught:
             for _ in range(2):
                 y, _ = scan_cuda.selective_scan_cuda(*scan_values())
+            u, *rest = scan_values()
+            with_gradient, _ = scan_gradient_cuda.scan_with_gradient(u.requires_grad_(), *rest, None)
         assert len(caught) == 1
         assert torch.equal(y, selective_scan_ref(*scan_values())[0])
+        assert torch.equal(with_gradient, y) and with_gradient.requires_grad
     finally:
-        scan_cuda._triton_works.cache_clear()
+        scan_cuda.triton_works.cache_clear()
 
 
 def test_views_are_read_where_they_are():
