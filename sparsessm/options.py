@@ -234,12 +234,18 @@ class Options:
     def recipe(self) -> Method | None:
         """The method's row, with the parts that flags replace.
 
-        A method's own allocation becomes uniform if the pattern does not allow different sparsities.
+        A method's own allocation becomes uniform if the pattern does not allow different sparsities. What errors cost the
+        model's loss is not measured for A_log alone unless it is asked for: it is a pass back through the model, and changes
+        next to nothing there (docs/BEYOND.md).
         """
         if self.method is None:
             return None
         replaced = {name: getattr(self, name) for name in OVERRIDES if getattr(self, name) is not None}
         recipe = dataclasses.replace(METHODS[self.method], **replaced)
+        if recipe.allocation == "loss" and not self.prune_layers and self.allocation is None:
+            recipe = dataclasses.replace(recipe, allocation="output")
+        if not self.prune_layers and self.importance is None:
+            recipe = dataclasses.replace(recipe, importance="none")
         if recipe.allocation in ("output", "loss") and self.allocation is None and not self.spreads(recipe):
             recipe = dataclasses.replace(recipe, allocation="uniform")
         return recipe
