@@ -213,6 +213,14 @@ def argv_of(values: Mapping[str, Any]) -> list[str]:
     return argv
 
 
+def words_of(values: Mapping[str, Any]) -> list[str]:
+    """The same as a person writes it: --prune_A --sparsity 0.5 --parts mixer mlp."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [] if value is True else [value])]
+    return words
+
+
 def reproducing(chosen: Options) -> str:
     """The command that does the same, with the options that are not the default; folders by their last name alone."""
     said = {spec.name: chosen.settings.get(spec.name, spec.default) for spec in dataclasses.fields(Options)}

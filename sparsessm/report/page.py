@@ -74,7 +74,7 @@ def write_report(runs: Runs, experiments: Path, target: Path, draw: Callable[[Pi
         charts=charts, versions=versions, script=Markup(script), style=Markup((_HERE / "page.css").read_text()),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), looks=looks, run_maps=run_maps,
         links=[_link(record.folder, target) for record in records],
-        results=_results(records, looks), costs=_costs(records, looks),
+        results=_filled(_results(records, looks), records), costs=_filled(_costs(records, looks), records),
         phases=_phases(records),
         filters={"model": looks.models, "method": {r.method: r.method for r in records}},
         longest=max(map(_together, records)) or 1.0,
@@ -127,8 +127,7 @@ def _results(records: Sequence[Record], looks: Looks) -> list[Column]:
     for place in dict.fromkeys(place for record in records for place in record.metrics["peak_memory_bytes"]):
         head = "peak memory" if place == "process" else f"peak {place}"
         columns.append(Column(head, partial(_at, ("peak_memory_bytes", place)), bytes_text))
-    shown = [column for column in columns if any(column.value(record) is not None for record in records)]
-    return [*shown, Column("run folder", lambda r: r.name, kind="folder")]
+    return [*columns, Column("run folder", lambda r: r.name, kind="folder")]
 
 
 def _costs(records: Sequence[Record], looks: Looks) -> list[Column]:
@@ -140,8 +139,11 @@ def _costs(records: Sequence[Record], looks: Looks) -> list[Column]:
     for place in dict.fromkeys(place for record in records for place in record.memory_after.get("load", {})):
         where = "" if place == "process" else f" {place}"
         columns += [Column(f"peak{where} after {phase}", partial(_peak, phase, place), bytes_text) for phase in phases]
-    shown = [column for column in columns if any(column.value(record) is not None for record in records)]
-    return [*shown, Column("run folder", lambda r: r.name, kind="path")]
+    return [*columns, Column("run folder", lambda r: r.name, kind="path")]
+
+
+def _filled(columns: Sequence[Column], records: Sequence[Record]) -> list[Column]:
+    return [column for column in columns if any(column.value(record) is not None for record in records)]
 
 
 def _at(where: tuple[str, str], record: Record) -> float | None:

@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparsessm.commandline import words_of
 from sparsessm.errors import InputError, first_line
 from sparsessm.options import DEFAULTS, PLACES
 from sparsessm.pruning.methods import METHODS, TIME_PARAMETERS, WHOLE
@@ -30,6 +31,8 @@ MASKS = "masks.safetensors"
 # Layer, and what it is called in it without the name of the mixer.
 _PARAMETER = re.compile(r"(?:^|\.)[a-z]+\.(\d+)\.(?:\w+\.(?!weight$))?(.+?)(?:\.weight)?$")
 _TIME_OPTIONS = {"power": "time_power", "discount": "time_discount", "window": "time_window"}
+
+_SAID_APART = ("model", "dataset", *PLACES)
 
 _MOST = 1e300  # no figure of a run is as large, and what draws it computes with powers of ten
 
@@ -171,14 +174,9 @@ class Record:
     @property
     def command(self) -> str:
         """The arguments after `python` that repeat this run, without paths of outputs."""
-        words = ["main.py", self.model, str(self.options.get("dataset"))]
-        for name, value in self.options.items():
-            if name not in DEFAULTS or name in ("model", "dataset", *PLACES) or value is None:
-                continue
-            if value != DEFAULTS[name]:
-                words.append(f"--{name}")
-                words += map(str, value if isinstance(value, list) else [] if value is True else [value])
-        return shlex.join(words)
+        known = {name: value for name, value in self.options.items() if name in DEFAULTS and name not in _SAID_APART}
+        changed = {name: value for name, value in known.items() if value is not None and value != DEFAULTS[name]}
+        return shlex.join(["main.py", self.model, str(self.options.get("dataset")), *words_of(changed)])
 
     def masks(self) -> dict[int, Tensor]:
         """Masks of A_log by layer, (D,N) bool, True = pruned, of Mamba-2 (1,H); in the shape from before a removal."""

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparsessm.commandline import words_of
 from sparsessm.corpora.names import DATASETS
 from sparsessm.errors import InputError
 from sparsessm.metrics.published import SEQLEN, TABLES
 from sparsessm.metrics.tasks import TASKS
-from sparsessm.options import Options
+from sparsessm.options import DEFAULTS
 from sparsessm.report.tables import Figure, with_infinite
 from sparsessm.report.wording import short_names
 from sparsessm.runs.grid import Cell, finished, resolved_dataset, resolved_model
@@ -30,7 +31,7 @@ MODELS |= {name: f"state-spaces/{name}" for name in ("mamba2-370m", "mamba2-780m
 
 # Flags that a row without a method takes too: how the perplexity is taken.
 _EVALUATION = ("seqlen", "eval_windows")
-_ORDER = {spec.name: i for i, spec in enumerate(dataclasses.fields(Options))}
+_ORDER = {name: i for i, name in enumerate(DEFAULTS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,13 +194,8 @@ def _rows(
 
 def _argv(model: str, flags: Mapping[str, Any]) -> list[str]:
     """The arguments of a run, flags in the order of --help."""
-    flags = dict(flags)
-    argv = [model, flags.pop("dataset")]
-    for name in sorted(flags, key=lambda name: (_ORDER.get(name, len(_ORDER)), name)):
-        value = flags[name]
-        argv.append(f"--{name}")
-        argv += map(str, value if isinstance(value, list) else [] if value is True else [value])
-    return argv
+    names = sorted(flags.keys() - {"dataset"}, key=lambda name: (_ORDER.get(name, len(_ORDER)), name))
+    return [model, flags["dataset"], *words_of({name: flags[name] for name in names})]
 
 
 @dataclass(frozen=True)
