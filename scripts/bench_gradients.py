@@ -1,21 +1,23 @@
 """Gradients of one layer at the shapes of mamba-130m and mamba2-130m against stock transformers' autograd of the same layer.
 
-    python scripts/bench_gradients.py [--batch 4] [--seqlen 512] [--threads 2] [--rounds 5]
+    python scripts/bench_gradients.py [--batch 4] [--seqlen 512] [--threads 2] [--rounds 3]
 
 A step is a forward of the layer, and a backward that finds the gradients of its input and of all its parameters; weights are
-random float32. Both sides are timed in turn in one process. Memory is the peak of a separate process for each side that
-computes one step, less what it held at the start.
+random float32. The sides take turns, each in a separate process: seconds are the median of a few steps, or those of one step
+where it takes long; memory is the peak of the process less what it held at the start.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
-from benchmarking import alone, in_turn, machine, median_ratio, peak_memory, random_heads, random_model, resident_memory
+from benchmarking import alone, machine, median_ratio, peak_memory, random_heads, random_model, resident_memory
+from numpy.linalg import norm
 from torch import Tensor, nn
 
 from sparsessm.layerwise.memory import keep_freed
@@ -27,6 +29,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mamba-130m": lambda: random_model("130m", 1, vocab=64),
     "mamba2-130m": lambda: random_heads(1, vocab=64),
 }
+# Steps of a process, and the seconds after which it takes no more.
+STEPS, ENOUGH = 6, 10.0
 Step = Callable[[], dict[str, Tensor]]
 
 
@@ -50,48 +54,50 @@ def steps_of(model: nn.Module, batch: int, seqlen: int) -> dict[str, Step]:
     return {"here": lambda: gradients(lambda x: visit(layer, mixer, x).out), "stock": lambda: gradients(stock)}
 
 
-def peak_of(name: str, side: str, batch: int, seqlen: int, threads: int) -> int:
-    """Bytes of one step."""
+def measure(name: str, side: str, batch: int, seqlen: int, threads: int) -> dict[str, object]:
+    """Seconds of a step, bytes at its peak, and its gradients."""
     torch.set_num_threads(threads)
-    keep_freed()
+    keep_freed()  # as the command does; it helps both sides
     model = MODELS[name]()
     steps_of(model, 1, 16)[side]()  # compiles
-    step, held = steps_of(model, batch, seqlen)[side], resident_memory()
-    step()
-    return peak_memory() - held
+    step, held, seconds = steps_of(model, batch, seqlen)[side], resident_memory(), []
+    while len(seconds) < STEPS and sum(seconds) < ENOUGH:
+        start = time.perf_counter()
+        gradients = step()
+        seconds.append(time.perf_counter() - start)
+    return {
+        "seconds": statistics.median(seconds[1:] or seconds), "bytes": peak_memory() - held,
+        "gradients": {key: value.numpy() for key, value in gradients.items()},
+    }  # fmt: skip
 
 
 def bench(*, batch: int, seqlen: int, threads: int, rounds: int) -> None:
     """Prints the table."""
     torch.set_num_threads(threads)
-    keep_freed()  # as the command does; it helps both sides
-    # first: the peak of a process includes the memory of its parent at its start
-    peaks = {
-        name: {side: alone(peak_of, name, side, batch, seqlen, threads) for side in ("here", "stock")} for name in MODELS
-    }
-    rows = []
-    for name, make in MODELS.items():
-        steps, found = steps_of(make(), batch, seqlen), {}
-
-        def call(side: str, steps: dict[str, Step] = steps, found: dict[str, dict[str, Tensor]] = found) -> None:
-            found[side] = steps[side]()
-
-        seconds = in_turn({side: partial(call, side) for side in steps}, rounds)
-        off = max(float((found["here"][key] - value).norm() / value.norm()) for key, value in found["stock"].items())
-        here, stock = (statistics.median(seconds[side]) for side in ("here", "stock"))
-        rows.append({
-            "layer of": name, "here ms": f"{1e3 * here:.0f}", "stock ms": f"{1e3 * stock:.0f}",
-            "times faster": f"{median_ratio(seconds['stock'], seconds['here']):.1f}",
-            "here MiB": f"{peaks[name]['here'] / 2**20:.0f}", "stock MiB": f"{peaks[name]['stock'] / 2**20:.0f}",
-            "furthest gradient": f"{off:.0e}",
-        })  # fmt: skip
     print(machine())
     print(f"one layer, {batch} windows of {seqlen}, float32, forward and backward; medians of {rounds} rounds\n")
+    rows = []
+    for name in MODELS:
+        runs: dict[str, list[dict[str, Any]]] = {"here": [], "stock": []}
+        for _ in range(rounds):
+            for side, found in runs.items():
+                found.append(alone(measure, name, side, batch, seqlen, threads))
+        seconds = {side: [run["seconds"] for run in found] for side, found in runs.items()}
+        peak = {side: statistics.median(run["bytes"] for run in found) / 2**20 for side, found in runs.items()}
+        ours, theirs = (runs[side][0]["gradients"] for side in ("here", "stock"))
+        off = max(float(norm(ours[key] - value) / norm(value)) for key, value in theirs.items())
+        rows.append({
+            "layer of": name, "here ms": f"{1e3 * statistics.median(seconds['here']):.0f}",
+            "stock ms": f"{1e3 * statistics.median(seconds['stock']):.0f}",
+            "times faster": f"{median_ratio(seconds['stock'], seconds['here']):.1f}", "here MiB": f"{peak['here']:.0f}",
+            "stock MiB": f"{peak['stock']:.0f}", "times smaller": f"{peak['stock'] / peak['here']:.1f}",
+            "furthest gradient": f"{off:.0e}",
+        })  # fmt: skip
     print(text_table(rows))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, value in {"batch": 4, "seqlen": 512, "threads": 2, "rounds": 5}.items():
+    for flag, value in {"batch": 4, "seqlen": 512, "threads": 2, "rounds": 3}.items():
         parser.add_argument(f"--{flag}", type=int, default=value)
     bench(**vars(parser.parse_args()))
