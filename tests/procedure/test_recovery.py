@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sparsessm.errors import Interrupted
 from sparsessm.layerwise.layer import each_layer
@@ -135,3 +136,22 @@ def test_bfloat16_is_tuned_on_float32_copies(job):
     recover(job(model, IDS), job(dense, IDS), masks, plan)
     assert model.backbone.layers[0].mixer.in_proj.weight.dtype == torch.bfloat16
     assert divergence(model.float(), dense.float()) < before
+
+
+def test_the_command_tunes_what_it_saves(run_main, tiny_checkpoint, text_folder, tmp_path):
+    """And says how long that took; the same command without recovery has the same masks and another perplexity."""
+    common = [
+        tiny_checkpoint(), text_folder, "--method", "magnitude", "--prune_A", "--prune_layers", "--sparsity", "0.5",
+        "--seqlen", "32", "--nsamples", "8", "--calib_batch", "2", "--eval_windows", "8",
+    ]  # fmt: skip
+    how = ["--recover", "blocks", "model", "--recover_steps", "10", "--recover_passes", "2", "--recover_rate", "0.002"]
+    found = []
+    for name, more in (("plain", []), ("tuned", [*how, "--recover_block_rate", "0.001"])):
+        outcome = run_main([str(word) for word in [*common, "--save", tmp_path / name, *more]])
+        assert outcome.code == 0, outcome.stderr
+        masks, weights = (load_file(tmp_path / name / f"{file}.safetensors") for file in ("masks", "model"))
+        assert all((weights[key][mask] == (30.0 if key.endswith("A_log") else 0.0)).all() for key, mask in masks.items())
+        found.append((outcome.metrics, masks))
+    assert ("recover" in found[0][0]["seconds"], "recover" in found[1][0]["seconds"]) == (False, True)
+    assert all(torch.equal(mask, found[1][1][key]) for key, mask in found[0][1].items())
+    assert found[0][0]["perplexity"] != found[1][0]["perplexity"]
