@@ -1,6 +1,6 @@
 """Gradients of one layer at the shapes of mamba-130m and mamba2-130m against stock transformers' autograd of the same layer.
 
-    python scripts/bench_gradients.py [--batch 4] [--seqlen 512] [--threads 2] [--rounds 3]
+    python scripts/bench_gradients.py [--models mamba-130m mamba2-130m] [--batch 4] [--seqlen 512] [--threads 2] [--rounds 3]
 
 A step is a forward of the layer, and a backward that finds the gradients of its input and of all its parameters; weights are
 random float32. The sides take turns, each in a separate process: seconds are the median of a few steps, or those of one step
@@ -71,13 +71,13 @@ def measure(name: str, side: str, batch: int, seqlen: int, threads: int) -> dict
     }  # fmt: skip
 
 
-def bench(*, batch: int, seqlen: int, threads: int, rounds: int) -> None:
+def bench(*, models: list[str], batch: int, seqlen: int, threads: int, rounds: int) -> None:
     """Prints the table."""
     torch.set_num_threads(threads)
     print(machine())
     print(f"one layer, {batch} windows of {seqlen}, float32, forward and backward; medians of {rounds} rounds\n")
     rows = []
-    for name in MODELS:
+    for name in models:
         runs: dict[str, list[dict[str, Any]]] = {"here": [], "stock": []}
         for _ in range(rounds):
             for side, found in runs.items():
@@ -98,6 +98,7 @@ def bench(*, batch: int, seqlen: int, threads: int, rounds: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     for flag, value in {"batch": 4, "seqlen": 512, "threads": 2, "rounds": 3}.items():
         parser.add_argument(f"--{flag}", type=int, default=value)
     bench(**vars(parser.parse_args()))
