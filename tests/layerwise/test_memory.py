@@ -2,7 +2,10 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from tests.processes import ROOT
 
 # Page faults of eight tensors of 48 MiB, one after the other in the same place.
 CHURN = """
@@ -28,3 +31,10 @@ def test_tensors_get_back_the_memory_of_those_before():
         for keep in (True, False)
     ]
     assert faults[0] < 1000 < faults[1]
+
+
+def test_the_peak_is_the_process_s_own_and_not_of_the_one_that_started_it():
+    ballast = np.ones(1 << 27)  # 1 GiB here
+    code = "from sparsessm.layerwise.memory import peak_memory; print(peak_memory(__import__('torch').device('cpu'))['process'])"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 1e8 < int(child.stdout) < ballast.nbytes
