@@ -35,6 +35,6 @@ def test_tensors_get_back_the_memory_of_those_before():
 
 def test_the_peak_is_the_process_s_own_and_not_of_the_one_that_started_it():
     ballast = np.ones(1 << 27)  # 1 GiB here
-    code = "from sparsessm.layerwise.memory import peak_memory; print(peak_memory(__import__('torch').device('cpu'))['process'])"
+    code = "import torch, sparsessm.layerwise.memory as memory; print(memory.peak_memory(torch.device('cpu'))['process'])"
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 1e8 < int(child.stdout) < ballast.nbytes
