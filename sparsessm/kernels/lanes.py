@@ -298,6 +298,20 @@ def put(array, index, width, value):
         store_part(array, index, width, value)
 
 
+@njit(nogil=True)
+def load_row(array, at):
+    """Four vectors that lie side by side."""
+    return load(array, at), load(array, at + LANES), load(array, at + 2 * LANES), load(array, at + 3 * LANES)
+
+
+@njit(nogil=True)
+def store_row(array, to, s0, s1, s2, s3):
+    store(array, to, s0)
+    store(array, to + LANES, s1)
+    store(array, to + 2 * LANES, s2)
+    store(array, to + 3 * LANES, s3)
+
+
 LOG2E = 1.4426950408889634
 LOG2E_REST = LOG2E - float(np.float32(LOG2E))
 ROUND = 12582912.0  # 1.5 2^23: adding it rounds to an integer, and leaves that in the low bits

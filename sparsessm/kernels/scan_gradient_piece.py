@@ -15,6 +15,7 @@ from sparsessm.kernels.lanes import (
     floats,
     fma,
     load,
+    load_row,
     power,
     put,
     sigmoid,
@@ -22,6 +23,7 @@ from sparsessm.kernels.lanes import (
     silu_slope,
     softplus,
     store,
+    store_row,
     take,
 )
 
@@ -128,20 +130,20 @@ def _prepare(at, strides, u, delta, z, gy, bias, skip, with_softplus, with_gate,
 def _forward(length, rows, n, before, a2, a_at, dts, xs, Bs, Cs, outs, hs, decays):
     """Four states through the steps: hs [step + 1][n][lane], the first row from before; adds what is read to outs."""
     m = n * LANES
-    a0, a1, a2_, a3 = _load_row(a2, a_at + m)
-    s0, s1, s2, s3 = _load_row(before, m)
-    _store_row(hs, 0, s0, s1, s2, s3)
+    a0, a1, a2_, a3 = load_row(a2, a_at + m)
+    s0, s1, s2, s3 = load_row(before, m)
+    store_row(hs, 0, s0, s1, s2, s3)
     for t in range(length):
         i, k, q = t * LANES, t * rows + n, 4 * t * LANES
         dt = load(dts, i)
         dtx = dt * load(xs, i)
         e0, e1, e2, e3 = power(dt, a0), power(dt, a1), power(dt, a2_), power(dt, a3)
-        _store_row(decays, q, e0, e1, e2, e3)
+        store_row(decays, q, e0, e1, e2, e3)
         s0 = fma(e0, s0, dtx * fill_from(Bs, k))
         s1 = fma(e1, s1, dtx * fill_from(Bs, k + 1))
         s2 = fma(e2, s2, dtx * fill_from(Bs, k + 2))
         s3 = fma(e3, s3, dtx * fill_from(Bs, k + 3))
-        _store_row(hs, q + 4 * LANES, s0, s1, s2, s3)
+        store_row(hs, q + 4 * LANES, s0, s1, s2, s3)
         c0, c1, c2, c3 = fill_from(Cs, k), fill_from(Cs, k + 1), fill_from(Cs, k + 2), fill_from(Cs, k + 3)
         store(outs, i, fma(c3, s3, fma(c2, s2, fma(c1, s1, fma(c0, s0, load(outs, i))))))
 
@@ -153,9 +155,9 @@ def _back(length, rows, n, a, after, of_a, a_at, dts, xs, gps, Bs, Cs, hs, decay
     after: those that reach the last step from later ones, and then those that reach the steps before. gdtxs: by dt x.
     """
     m = a_at + n * LANES
-    a0, a1, a2, a3 = _load_row(a, m)
-    g0, g1, g2, g3 = _load_row(after, m)
-    w0, w1, w2, w3 = _load_row(of_a, m)
+    a0, a1, a2, a3 = load_row(a, m)
+    g0, g1, g2, g3 = load_row(after, m)
+    w0, w1, w2, w3 = load_row(of_a, m)
     for back in range(length):
         t = length - 1 - back
         i, k, q, r = t * LANES, t * rows + n, 4 * t * LANES, (n // 4 * PIECE + t) * 4 * LANES
@@ -163,21 +165,21 @@ def _back(length, rows, n, a, after, of_a, a_at, dts, xs, gps, Bs, Cs, hs, decay
         dtx = dt * load(xs, i)
         g0, g1 = fma(fill_from(Cs, k), gp, g0), fma(fill_from(Cs, k + 1), gp, g1)
         g2, g3 = fma(fill_from(Cs, k + 2), gp, g2), fma(fill_from(Cs, k + 3), gp, g3)
-        h0, h1, h2, h3 = _load_row(hs, q + 4 * LANES)
-        p0, p1, p2, p3 = _load_row(gCs, r)
-        _store_row(gCs, r, fma(h0, gp, p0), fma(h1, gp, p1), fma(h2, gp, p2), fma(h3, gp, p3))
-        p0, p1, p2, p3 = _load_row(gBs, r)
-        _store_row(gBs, r, fma(g0, dtx, p0), fma(g1, dtx, p1), fma(g2, dtx, p2), fma(g3, dtx, p3))
+        h0, h1, h2, h3 = load_row(hs, q + 4 * LANES)
+        p0, p1, p2, p3 = load_row(gCs, r)
+        store_row(gCs, r, fma(h0, gp, p0), fma(h1, gp, p1), fma(h2, gp, p2), fma(h3, gp, p3))
+        p0, p1, p2, p3 = load_row(gBs, r)
+        store_row(gBs, r, fma(g0, dtx, p0), fma(g1, dtx, p1), fma(g2, dtx, p2), fma(g3, dtx, p3))
         of_dtx = fma(fill_from(Bs, k), g0, fma(fill_from(Bs, k + 1), g1, load(gdtxs, i)))
         store(gdtxs, i, fma(fill_from(Bs, k + 2), g2, fma(fill_from(Bs, k + 3), g3, of_dtx)))
-        e0, e1, e2, e3 = _load_row(decays, q)
+        e0, e1, e2, e3 = load_row(decays, q)
         g0, g1, g2, g3 = g0 * e0, g1 * e1, g2 * e2, g3 * e3
-        h0, h1, h2, h3 = _load_row(hs, q)
+        h0, h1, h2, h3 = load_row(hs, q)
         d0, d1, d2, d3 = g0 * h0, g1 * h1, g2 * h2, g3 * h3  # by the exponents dt A
         w0, w1, w2, w3 = fma(d0, dt, w0), fma(d1, dt, w1), fma(d2, dt, w2), fma(d3, dt, w3)
         store(gdts, i, fma(d0, a0, fma(d1, a1, fma(d2, a2, fma(d3, a3, load(gdts, i))))))
-    _store_row(after, m, g0, g1, g2, g3)
-    _store_row(of_a, m, w0, w1, w2, w3)
+    store_row(after, m, g0, g1, g2, g3)
+    store_row(of_a, m, w0, w1, w2, w3)
 
 
 @njit(nogil=True)
@@ -205,17 +207,3 @@ def _put_out(
         if with_gate:
             slope = silu_slope(take(z, sample * strides[2, 0] + time * strides[2, 1] + c, width))
             put(gz, to, width, take(gy, sample * strides[5, 0] + time * strides[5, 1] + c, width) * load(outs, i) * slope)
-
-
-@njit(nogil=True)
-def _load_row(array, at):
-    """Four vectors that lie side by side."""
-    return load(array, at), load(array, at + LANES), load(array, at + 2 * LANES), load(array, at + 3 * LANES)
-
-
-@njit(nogil=True)
-def _store_row(array, to, s0, s1, s2, s3):
-    store(array, to, s0)
-    store(array, to + LANES, s1)
-    store(array, to + 2 * LANES, s2)
-    store(array, to + 3 * LANES, s3)

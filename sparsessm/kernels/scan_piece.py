@@ -25,12 +25,14 @@ from sparsessm.kernels.lanes import (
     floats,
     fma,
     load,
+    load_row,
     power,
     prefetch,
     put,
     silu,
     softplus,
     store,
+    store_row,
     take,
     transpose,
 )
@@ -231,8 +233,8 @@ def _advance(
         m = n * LANES
         soon, h2_soon, abar_soon = ahead[n // 4 % 4, 0], ahead[4, 0] + n * 16, ahead[5, 0] + n * 16
         apart, sums_apart = ahead[n // 4 % 4, 1], ahead[4 if with_h2 else 5, 1]
-        a0, a1, a2, a3 = _load_row(a, a_at + m)
-        s0, s1, s2, s3 = _load_row(hs, h_at + m)
+        a0, a1, a2, a3 = load_row(a, a_at + m)
+        s0, s1, s2, s3 = load_row(hs, h_at + m)
         for t in range(length):
             i, j, k, p = t * LANES, n * step + t * LANES, bc + t * rows + n, (t * rows + n) * LANES
             prefetch(soon + t * apart)
@@ -251,7 +253,7 @@ def _advance(
                 store(abar, j + 2 * step, e2 + load(abar, j + 2 * step))
                 store(abar, j + 3 * step, e3 + load(abar, j + 3 * step))
             if with_hh:
-                _store_row(entered, p, s0, s1, s2, s3)
+                store_row(entered, p, s0, s1, s2, s3)
             m0, m1, m2, m3 = e0 * s0, e1 * s1, e2 * s2, e3 * s3
             s0 = fma(e0, s0, dtx * fill_from(Bs, k))
             s1 = fma(e1, s1, dtx * fill_from(Bs, k + 1))
@@ -263,8 +265,8 @@ def _advance(
                 gate = load(gates, i)
                 if effect != EFFECT_ZERO:
                     m0, m1, m2, m3 = s0, s1, s2, s3
-                _store_row(lost, p, m0 * (c0 * gate), m1 * (c1 * gate), m2 * (c2 * gate), m3 * (c3 * gate))
-        _store_row(hs, h_at + m, s0, s1, s2, s3)
+                store_row(lost, p, m0 * (c0 * gate), m1 * (c1 * gate), m2 * (c2 * gate), m3 * (c3 * gate))
+        store_row(hs, h_at + m, s0, s1, s2, s3)
 
 
 @njit(nogil=True)
@@ -312,22 +314,22 @@ def _add_products(values, length, rows, sums):
 
 @njit(nogil=True)
 def _add_square(values, i, j, length, rows, sums, to):
-    s00, s01, s02, s03 = _load_row(sums, to)
-    s10, s11, s12, s13 = _load_row(sums, to + 64)
-    s20, s21, s22, s23 = _load_row(sums, to + 128)
-    s30, s31, s32, s33 = _load_row(sums, to + 192)
+    s00, s01, s02, s03 = load_row(sums, to)
+    s10, s11, s12, s13 = load_row(sums, to + 64)
+    s20, s21, s22, s23 = load_row(sums, to + 128)
+    s30, s31, s32, s33 = load_row(sums, to + 192)
     for t in range(length):
         p, q = (t * rows + i) * LANES, (t * rows + j) * LANES
-        x0, x1, x2, x3 = _load_row(values, p)
-        y0, y1, y2, y3 = _load_row(values, q)
+        x0, x1, x2, x3 = load_row(values, p)
+        y0, y1, y2, y3 = load_row(values, q)
         s00, s01, s02, s03 = fma(x0, y0, s00), fma(x0, y1, s01), fma(x0, y2, s02), fma(x0, y3, s03)
         s10, s11, s12, s13 = fma(x1, y0, s10), fma(x1, y1, s11), fma(x1, y2, s12), fma(x1, y3, s13)
         s20, s21, s22, s23 = fma(x2, y0, s20), fma(x2, y1, s21), fma(x2, y2, s22), fma(x2, y3, s23)
         s30, s31, s32, s33 = fma(x3, y0, s30), fma(x3, y1, s31), fma(x3, y2, s32), fma(x3, y3, s33)
-    _store_row(sums, to, s00, s01, s02, s03)
-    _store_row(sums, to + 64, s10, s11, s12, s13)
-    _store_row(sums, to + 128, s20, s21, s22, s23)
-    _store_row(sums, to + 192, s30, s31, s32, s33)
+    store_row(sums, to, s00, s01, s02, s03)
+    store_row(sums, to + 64, s10, s11, s12, s13)
+    store_row(sums, to + 128, s20, s21, s22, s23)
+    store_row(sums, to + 192, s30, s31, s32, s33)
 
 
 @njit(nogil=True)
@@ -335,10 +337,10 @@ def _add_triangle(values, i, length, rows, sums, to):
     s00 = load(sums, to)
     s10, s11 = load(sums, to + 64), load(sums, to + 80)
     s20, s21, s22 = load(sums, to + 128), load(sums, to + 144), load(sums, to + 160)
-    s30, s31, s32, s33 = _load_row(sums, to + 192)
+    s30, s31, s32, s33 = load_row(sums, to + 192)
     for t in range(length):
         p = (t * rows + i) * LANES
-        x0, x1, x2, x3 = _load_row(values, p)
+        x0, x1, x2, x3 = load_row(values, p)
         s00 = fma(x0, x0, s00)
         s10, s11 = fma(x1, x0, s10), fma(x1, x1, s11)
         s20, s21, s22 = fma(x2, x0, s20), fma(x2, x1, s21), fma(x2, x2, s22)
@@ -349,21 +351,7 @@ def _add_triangle(values, i, length, rows, sums, to):
     store(sums, to + 128, s20)
     store(sums, to + 144, s21)
     store(sums, to + 160, s22)
-    _store_row(sums, to + 192, s30, s31, s32, s33)
-
-
-@njit(nogil=True)
-def _load_row(array, at):
-    """Four vectors that lie side by side."""
-    return load(array, at), load(array, at + LANES), load(array, at + 2 * LANES), load(array, at + 3 * LANES)
-
-
-@njit(nogil=True)
-def _store_row(sums, to, s0, s1, s2, s3):
-    store(sums, to, s0)
-    store(sums, to + LANES, s1)
-    store(sums, to + 2 * LANES, s2)
-    store(sums, to + 3 * LANES, s3)
+    store_row(sums, to + 192, s30, s31, s32, s33)
 
 
 @njit(nogil=True)
