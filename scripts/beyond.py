@@ -19,6 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ladder import FORMER
+
 from sparsessm.corpora import text
 from sparsessm.layerwise.stream import Stream
 from sparsessm.metrics.perplexity import perplexity
@@ -33,8 +35,8 @@ from sparsessm.report.tables import text_table
 
 PLACE = {"device": "cpu", "offload": "cpu", "batch": 8}
 # The steps before masks were exact and the budget in units of the loss; `ladder.py` has those.
-OBS = {"method": "sparsessm_obs", "weights": "obs", "importance": "none", "allocation": "output"}
-ALIKE = {**OBS, "allocation": "uniform", "target_modules": ("nn.Linear", "nn.Conv1d")}
+OBS = {"method": "sparsessm_obs", **FORMER}
+ALIKE = {**OBS, "allocation": "uniform"}
 JUNE, OCTOBER, GPT = {"method": "sparsessm"}, {"method": "sparsessm_dev"}, {"method": "sparsegpt"}
 A, WEIGHTS, BOTH = {"prune_A": True}, {"prune_layers": True}, {"prune_A": True, "prune_layers": True}
 TWO_OF_FOUR = {"prunen": 2, "prunem": 4}

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsessm.errors import InputError
 from sparsessm.metrics.tasks import TASKS
-from sparsessm.pruning.methods import METHODS, Method
+from sparsessm.pruning.methods import MEASURED, METHODS, Method
 from sparsessm.pruning.saliency import SALIENCIES
 
 
@@ -119,12 +119,12 @@ def _check_compensation(options: Any, method: Method) -> None:
         )
     if options.structure not in (None, "entries") and not options.prune_A:
         raise InputError(f"--structure {options.structure} removes parts of the SSM: give --prune_A")
-    if options.alpha and method.allocation in ("output", "loss"):
+    if options.alpha and method.allocation in MEASURED:
         raise InputError(f"--allocation {method.allocation} needs no --alpha: leave one of them out")
     plain = (method.compensate, method.module_order) == ("none", "parallel")
     if options.alpha and method.allocation == "sensitivity" and not plain:
         raise InputError("--alpha cannot be combined with --compensate and --module_order: use --allocation output")
-    if method.allocation in ("output", "loss") and not options.spreads(method):
+    if method.allocation in MEASURED and not options.spreads(method):
         raise InputError(
             f"--allocation {method.allocation} spreads an unstructured sparsity: leave it out with N:M and columns"
         )

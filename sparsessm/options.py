@@ -16,6 +16,7 @@ from sparsessm.pruning.methods import (
     COMPENSATIONS,
     CONV_HESSIANS,
     IMPORTANCES,
+    MEASURED,
     METHODS,
     MODULE_ORDERS,
     PRUNED_A_LOG,
@@ -246,7 +247,7 @@ class Options:
             recipe = dataclasses.replace(recipe, allocation="output")
         if not self.prune_layers and self.importance is None:
             recipe = dataclasses.replace(recipe, importance="none")
-        if recipe.allocation in ("output", "loss") and self.allocation is None and not self.spreads(recipe):
+        if recipe.allocation in MEASURED and self.allocation is None and not self.spreads(recipe):
             recipe = dataclasses.replace(recipe, allocation="uniform")
         return recipe
 

@@ -1,7 +1,7 @@
 """The derivative of a loss of the whole model, from the last layer to the first, with one layer's activations at a time.
 
-What enters each layer is kept where the stream waits; on the way back each layer is computed again. Memory for a batch of
-windows is a hidden state a layer, and the activations of one layer.
+What enters each layer is kept, in main memory unless the stream waits on the device; on the way back each layer is computed
+again. Memory for a batch of windows is a hidden state a layer, and the activations of one layer.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparsessm.layerwise.layer import Layer
+from sparsessm.layerwise.layer import Layer, at_work
 from sparsessm.layerwise.stream import Stream
 from sparsessm.models.architecture import Layout
 from sparsessm.models.mixer import Hooks
 
 # Logits that exist at once: with a vocabulary of 50 thousand, those of 333 tokens.
-_LOGITS_AT_ONCE = 1 << 24
+LOGITS_AT_ONCE = 1 << 24
 
 
 def no_hooks(layer: Layer) -> Hooks:
@@ -62,10 +62,8 @@ def _head(
     """The loss at what leaves the last layer, hidden (B,L,M), and its derivative by that."""
     flat, total = hidden.flatten(0, 1), torch.zeros((), dtype=torch.float64, device=hidden.device)
     gradient = torch.empty_like(flat)
-    at_once = max(1, _LOGITS_AT_ONCE // layout.model.get_output_embeddings().weight.shape[0])
     with layout.outside_on(stream.device), torch.enable_grad():
-        for start in range(0, len(flat), at_once):
-            some = slice(start, min(start + at_once, len(flat)))
+        for some in layout.parts_of(len(flat), LOGITS_AT_ONCE):
             part = flat[some].detach().requires_grad_()
             value = loss(layout.leave(part), some)
             value.backward()
@@ -73,17 +71,6 @@ def _head(
             gradient[some] = part.grad
             total += value.detach()
     return total, gradient.view_as(hidden)
-
-
-@contextmanager
-def at_work(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Keeps a layer on a device for a while."""
-    home = next(module.parameters()).device
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)
 
 
 @contextmanager

@@ -343,6 +343,17 @@ def _show(hook: Callable[[Tensor], None], value: Tensor) -> None:
     hook(value if value.dim() == 3 else value.flatten(0, -2)[None])
 
 
+@contextmanager
+def at_work(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Keeps a layer on a device for a while."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
 @torch.no_grad()
 def each_layer(
     layout: Layout, stream: Stream, first: int = 0, stop: int | None = None, *, start: int = 0
@@ -360,14 +371,9 @@ def each_layer(
     layers = layout.layers
     stop = len(layers) if stop is None else stop
     for index in range(start, len(layers)):
-        module = layers[index]
-        home = next(module.parameters()).device
-        module.to(stream.device)
-        layer = Layer(layout, index, module, stream)
-        try:
+        with at_work(layers[index], stream.device):
+            layer = Layer(layout, index, layers[index], stream)
             if first <= index < stop:
                 yield layer
             if not layer.advanced:
                 layer.advance()
-        finally:
-            module.to(home)

@@ -69,11 +69,10 @@ def perplexity(
 def stream_loss(layout: Layout, stream: Stream, windows: Tensor) -> Tensor:
     """Negative log likelihood of this process's windows (n,L) from the outputs of the last layer, () float64."""
     loss = torch.zeros((), dtype=torch.float64, device=stream.device)
-    at_once = max(1, _LOGITS_AT_ONCE // layout.model.get_output_embeddings().weight.shape[0])
     with layout.outside_on(stream.device):
         for rows in stream.batches():
             hidden = stream.hidden[rows, :].to(stream.device)[:, :-1].flatten(0, 1)  # (B,L,M) -> (B*(L-1),M)
             targets = windows[rows].to(stream.device)[:, 1:].flatten()
-            for part, target in zip(hidden.split(at_once), targets.split(at_once), strict=True):
-                loss += negative_log_likelihood(layout.leave(part), target).sum()
+            for some in layout.parts_of(len(hidden), _LOGITS_AT_ONCE):
+                loss += negative_log_likelihood(layout.leave(hidden[some]), targets[some]).sum()
     return loss

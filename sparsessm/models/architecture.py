@@ -235,6 +235,11 @@ class Layout:
         marked = [tree_map(mark, (call.arguments, dict(call.keywords))) for call in calls]
         return entered, [Call(*call) for call in marked]
 
+    def parts_of(self, tokens: int, logits: int) -> list[slice]:
+        """Parts of a row of tokens, of whose logits no more than so many numbers exist at once."""
+        at_once = max(1, logits // self.model.get_output_embeddings().weight.shape[0])
+        return [slice(start, min(start + at_once, tokens)) for start in range(0, tokens, at_once)]
+
     def leave(self, hidden: Tensor) -> Tensor:
         """Logits (rows,V) for hidden states (rows,M) that left the last layer."""
         *others, last = self.layers

@@ -17,7 +17,21 @@ from sparsessm.procedure.weights import Shares
 from sparsessm.pruning.budget import MEASURED_AT, MOST, budget, cheapest, counts_of, in_whole_entries
 
 
-class MeasureErrors(Measurement):
+class _Measure(Measurement):
+    """Measures the parts of a layer that the plans prune: A_log, and modules by name."""
+
+    def __init__(self, transitions: TransitionPlan | None, weights: WeightPlan | None) -> None:
+        self.transitions, self.weights = transitions, weights
+
+    def _parts(self, layer: Layer) -> list[str]:
+        A_log = ["A_log"] * (self.transitions is not None and layer.has_mixer)
+        return A_log + layer.those(self.weights.modules if self.weights else ())
+
+    def concerns(self, layer: Layer) -> bool:
+        return bool(self._parts(layer))
+
+
+class MeasureErrors(_Measure):
     """Prunes each part of a layer alone at the sparsities MEASURED_AT, takes the error of the layer's output, puts it back.
 
     The error is taken on the first batch of windows of each process, relative to the squares of the stream.
@@ -26,14 +40,7 @@ class MeasureErrors(Measurement):
     name = "allocation"
 
     def __init__(self, transitions: TransitionPlan | None, weights: WeightPlan | None) -> None:
-        self.transitions, self.weights = transitions, None if weights is None else replace(weights, refine_steps=0)
-
-    def _parts(self, layer: Layer) -> list[str]:
-        A_log = ["A_log"] * (self.transitions is not None and layer.has_mixer)
-        return A_log + layer.those(self.weights.modules if self.weights else ())
-
-    def concerns(self, layer: Layer) -> bool:
-        return bool(self._parts(layer))
+        super().__init__(transitions, None if weights is None else replace(weights, refine_steps=0))
 
     def visit(self, layer: Layer, dense: Layer | None) -> Outcome:
         original = layer.copy(copy.deepcopy(layer.module))
@@ -65,20 +72,10 @@ class MeasureErrors(Measurement):
         )
 
 
-class MeasureSteps(Measurement):
+class MeasureSteps(_Measure):
     """Takes what every step of pruning a part costs the model's loss, in the model as it is; counts by their size."""
 
     name = "steps"
-
-    def __init__(self, transitions: TransitionPlan | None, weights: WeightPlan | None) -> None:
-        self.transitions, self.weights = transitions, weights
-
-    def _parts(self, layer: Layer) -> list[str]:
-        A_log = ["A_log"] * (self.transitions is not None and layer.has_mixer)
-        return A_log + layer.those(self.weights.modules if self.weights else ())
-
-    def concerns(self, layer: Layer) -> bool:
-        return bool(self._parts(layer))
 
     def visit(self, layer: Layer, dense: Layer | None) -> Outcome:
         found: dict[str, Any] = {}
@@ -100,7 +97,7 @@ class MeasureSteps(Measurement):
 
 
 # The measurement of each allocation that takes one.
-MEASURES: Mapping[str, type[MeasureErrors | MeasureSteps]] = {"output": MeasureErrors, "loss": MeasureSteps}
+MEASURES: Mapping[str, type[_Measure]] = {"output": MeasureErrors, "loss": MeasureSteps}
 
 
 def measured_shares(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from sparsessm.kernels.selective_scan import SUM_DTYPE
 from sparsessm.layerwise import distributed
-from sparsessm.layerwise.backward import at_work, backward, wanting_gradients
-from sparsessm.layerwise.layer import Layer, each_layer
+from sparsessm.layerwise.backward import LOGITS_AT_ONCE, backward, wanting_gradients
+from sparsessm.layerwise.layer import Layer, at_work, each_layer
 from sparsessm.layerwise.stream import Stream
 from sparsessm.models.architecture import Layout
 from sparsessm.procedure.driver import Change, Job, Masks, Outcome, Shapes, run_pass
@@ -149,7 +149,7 @@ def _tune_model(job: Job, dense: Job, frozen: Masks, plan: RecoveryPlan) -> None
         total, loss = torch.zeros((), dtype=SUM_DTYPE, device=stream.device), divergence(rows)
         flat = some.hidden[:, :].to(stream.device).flatten(0, 1)
         with layout.outside_on(stream.device):
-            for part in (slice(start, start + L) for start in range(0, len(flat), L)):
+            for part in layout.parts_of(len(flat), LOGITS_AT_ONCE):
                 total += loss(layout.leave(flat[part]), part)
         return total / L
 

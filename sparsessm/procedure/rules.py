@@ -13,8 +13,8 @@ from sparsessm.layerwise.layer import Layer
 from sparsessm.layerwise.statistics import Accumulator, Gram, ShiftedGram, SquaredNorms, hessian
 from sparsessm.procedure.plan import WeightPlan
 from sparsessm.procedure.transitions import naming
-from sparsessm.pruning.obc import prepared, prune_obc, traces
-from sparsessm.pruning.obs import inverse_factor, prune_magnitude, prune_obs, prune_wanda, refine
+from sparsessm.pruning.obc import prune_obc, traces
+from sparsessm.pruning.obs import inverse_factor, prepared, prune_magnitude, prune_obs, prune_wanda, refine
 from sparsessm.pruning.patterns import Pattern
 
 
@@ -102,9 +102,10 @@ def matrices(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def step_costs(problem: Problem) -> Tensor:
     """What every step of pruning a weight by the rule "obc" costs, see pruning.obc.traces."""
-    W, H, gone = prepared(*matrices(problem))
-    U = inverse_factor(H, problem.plan.percdamp, problem.name)
-    return traces(W, U, problem.pattern, problem.plan.blocksize, gone, problem.importance)[1]
+    blocksize, name = problem.plan.blocksize, problem.name
+    W, H, gone = prepared(*matrices(problem), problem.pattern, blocksize, name)
+    U = inverse_factor(H, problem.plan.percdamp, name)
+    return traces(W, U, problem.pattern, blocksize, gone, problem.importance)[1]
 
 
 # By the names of pruning.methods.WEIGHT_RULES.

@@ -18,7 +18,7 @@ from sparsessm.pruning.aggregation import Aggregator
 from sparsessm.pruning.methods import PRUNED_A_LOG
 from sparsessm.pruning.obs import prune_obs
 from sparsessm.pruning.saliency import SALIENCIES
-from sparsessm.pruning.search import marginal_costs, select
+from sparsessm.pruning.search import marginal_costs, select, without
 
 
 class PruneTransitions(Change):
@@ -123,9 +123,8 @@ def _choose(layer: Layer, plan: TransitionPlan) -> Tensor:
 def transition_costs(layer: Layer, plan: TransitionPlan) -> Tensor:
     """What every step of pruning A_log costs at the layer's output, each row's own greedy order, as a running maximum."""
     G, gone = output_gram(layer, plan), layer.gone("A_log")
-    if gone is not None:  # those cost nothing, and nothing more of what shares an error with them
-        alive = ~gone.view(G.shape[:2]).to(G.device)
-        G = G * (alive[:, :, None] & alive[:, None, :])
+    if gone is not None:
+        G = without(G, gone.view(G.shape[:2]))
     return marginal_costs(G)[1].cummax(-1).values.clamp_min(0)
 
 

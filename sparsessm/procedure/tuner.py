@@ -61,7 +61,7 @@ class Tuner:
         """Notes the loss on the windows set apart; the present values are kept if it is the lowest so far."""
         if self.losses and loss < min(self.losses):
             self.best = {name: copy.detach().clone() for name, copy in self.copies.items()}
-        self.losses.append(min(loss, _DIVERGED) if math.isfinite(loss) else _DIVERGED)
+        self.losses.append(loss if math.isfinite(loss) else _DIVERGED)
 
     def hopeless(self) -> bool:
         """Whether it has diverged, or has come no nearer for some looks."""

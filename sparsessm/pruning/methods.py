@@ -17,6 +17,8 @@ STRUCTURES = ("entries", "columns", "heads")
 WHOLE = {"columns": "states", "heads": "heads"}
 CONV_HESSIANS = ("tap", "channel")
 ALLOCATIONS = ("uniform", "sensitivity", "output", "loss")
+# Those that spread an unstructured sparsity by what was measured.
+MEASURED = ("output", "loss")
 WEIGHT_RULES = ("magnitude", "wanda", "obs", "obc")
 IMPORTANCES = ("none", "rows", "tokens")
 MODULE_ORDERS = ("parallel", "sequential")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsessm.errors import NumericalError
-from sparsessm.pruning.obs import inverse_factor
+from sparsessm.pruning.obs import inverse_factor, prepared
 from sparsessm.pruning.patterns import Pattern
 from sparsessm.threads import for_each
 
@@ -98,37 +98,23 @@ def remove_in_turn(
     return W, order, cost
 
 
-def prepared(W: Tensor, H: Tensor, gone: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """W and gone (G,rows,cols), H (G,cols,cols); inputs that were never seen have a Hessian of 1 and weights of 0.
-
-    Raises:
-        NumericalError: a weight is not finite.
-    """
-    W = W.reshape(-1, *W.shape[-2:]).to(H.dtype).clone()
-    H = H.reshape(-1, *H.shape[-2:]).clone()
-    if not torch.isfinite(W).all():
-        raise NumericalError("the weights hold values that are not finite")
-    if gone is not None:
-        gone = gone.reshape(W.shape)
-        W.masked_fill_(gone, 0)
-    diagonal = H.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal == 0
-    diagonal[dead] = 1
-    return W.masked_fill_(dead[:, None, :], 0), H, gone
-
-
 def traces(
     W: Tensor, U: Tensor, pattern: Pattern, blocksize: int, gone: Tensor | None = None, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """What it costs to remove the weights of each row in turn, in blocks of columns of which each is alone.
 
     Args:
-        W, gone, importance: as in prune_obc, W and gone (G,rows,cols). U: (G,cols,cols), see inverse_factor.
+        W, gone: as `prepared`, (G,rows,cols). U: (G,cols,cols), see inverse_factor. The others are as in prune_obc.
 
     Returns:
         order (G,rows,cols) int64, the columns of each block as they go; cost (G,rows,cols) of each step, the running maximum
         in its block: a step is on offer once those before it are taken. Infinity for what a group may not give.
+
+    Raises:
+        NumericalError: a weight is not finite.
     """
+    if not torch.isfinite(W).all():
+        raise NumericalError("the weights hold values that are not finite")
     G, rows, cols = W.shape
     order, cost = torch.empty(W.shape, dtype=torch.int64, device=W.device), torch.empty_like(W)
     limits = torch.full((G * rows,), cols, device=W.device)
@@ -173,7 +159,7 @@ def prune_obc(
         The new weights and the mask (True = pruned), in the shape of W; pruned weights are exactly zero.
     """
     shape = W.shape
-    W, H, gone = prepared(W, H, gone)
+    W, H, gone = prepared(W, H, gone, pattern, blocksize, name)
     U = inverse_factor(H, percdamp, name)
     order, cost = traces(W, U, pattern, blocksize, gone, importance)
     if pattern.group:

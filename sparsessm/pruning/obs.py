@@ -50,6 +50,30 @@ def inverse_factor(H: Tensor, percdamp: float, name: str) -> Tensor:
     )
 
 
+def prepared(
+    W: Tensor, H: Tensor, gone: Tensor | None, pattern: Pattern, blocksize: int, name: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Copies with a leading dimension for problems; inputs that were never seen have a Hessian of 1, and weights of 0.
+
+    Args: as in prune_obs.
+
+    Raises:
+        ValueError: groups do not fit the columns or the blocks.
+    """
+    W = W.reshape(-1, *W.shape[-2:]).to(H.dtype).clone()
+    if gone is not None:
+        gone = gone.reshape(W.shape)
+        W.masked_fill_(gone, 0)
+    H = H.reshape(-1, *H.shape[-2:]).clone()
+    cols, m = W.shape[-1], pattern.group
+    if m and (cols % m or blocksize % m):
+        raise ValueError(f"{name}: {m} must divide {cols} columns and the block size {blocksize}")
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    return W.masked_fill_(dead[:, None, :], 0), H, gone
+
+
 def prune_obs(
     W: Tensor,
     H: Tensor,
@@ -73,21 +97,8 @@ def prune_obs(
     Returns:
         The new weights and the mask (True = pruned), in the shape of W; pruned weights are exactly zero.
     """
-    shape = W.shape
-    W = W.reshape(-1, *shape[-2:]).to(H.dtype).clone()
-    if gone is not None:
-        gone = gone.reshape(W.shape)
-        W.masked_fill_(gone, 0)
-    H = H.reshape(-1, *H.shape[-2:]).clone()
-    cols = W.shape[-1]
-    m = pattern.group
-    if m and (cols % m or blocksize % m):
-        raise ValueError(f"{name}: {m} must divide {cols} columns and the block size {blocksize}")
-
-    diagonal = H.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal == 0
-    diagonal[dead] = 1
-    W.masked_fill_(dead[:, None, :], 0)
+    shape, cols, m = W.shape, W.shape[-1], pattern.group
+    W, H, gone = prepared(W, H, gone, pattern, blocksize, name)
     U = inverse_factor(H, percdamp, name)
 
     mask = torch.zeros(W.shape, dtype=torch.bool, device=W.device)

@@ -57,12 +57,17 @@ def select(G: Tensor, pattern: Pattern, search: str = "greedy", gone: Tensor | N
 
 def _select_rest(G: Tensor, pattern: Pattern, search: str, gone: Tensor) -> Tensor:
     """`select` where entries were pruned before: they get a negative cost, lower than that of any other entry."""
-    alive = ~gone
-    G = G * (alive[:, :, None] & alive[:, None, :])
+    G = without(G, gone)
     # far below any sum of what is left, and small enough for that sum to keep its digits
     bonus = 1e3 * (1 + G.diagonal(dim1=-2, dim2=-1).sum())
     chosen = select(G - torch.diag_embed(gone * bonus), pattern, search)
     return chosen | gone
+
+
+def without(G: Tensor, gone: Tensor) -> Tensor:
+    """G (D,N,N) where the entries in gone (D,N) cost nothing, nor what they share with others."""
+    alive = ~gone
+    return G * (alive[:, :, None] & alive[:, None, :])
 
 
 def marginal_costs(G: Tensor) -> tuple[Tensor, Tensor]:
