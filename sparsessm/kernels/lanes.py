@@ -169,6 +169,30 @@ def larger(typingctx, a, b):
 
 
 @intrinsic
+def smaller(typingctx, a, b):
+    """The smaller of the two; a where it is not a number."""
+
+    def generate(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered("<", args[1], args[0]), args[1], args[0])
+
+    return a(a, a), generate
+
+
+@intrinsic
+def least(typingctx, a):
+    """The least of all lanes."""
+
+    def generate(context, builder, sig, args):
+        name = f"llvm.vector.reduce.fmin.v{LANES}f{a.element.bitwidth}"
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(context.get_value_type(a.element), [args[0].type]), name
+        )
+        return builder.call(function, args)
+
+    return a.element(a), generate
+
+
+@intrinsic
 def double(typingctx, a):
     """Float64 lanes."""
 
