@@ -11,6 +11,7 @@ and for the quantities of one selective scan (Gu and Dao 2023, section 3; docs/D
     A = -exp(A_log)  (D,N)        Abar_t = exp(dt_t A)  (D,N)     h_t  state after step t  (D,N)
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from sparsessm.pruning.saliency import register_saliency
     from sparsessm.result import Result
     from sparsessm.training import hold_masks
+
+# Threads of torch that wait for the next operation look for it in a loop, by default for milliseconds: beside other work on
+# the same cores they take the time that the others need to get there. A short look is enough. It holds where torch has not
+# been imported before, for processes that this one starts as well, and what the user has set stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Where each public name is; imported on first use, so that --help does not wait for torch.
 _PUBLIC = {

@@ -1,4 +1,8 @@
 import multiprocessing
+import os
+import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -6,6 +10,7 @@ import torch
 
 from sparsessm import threads as threads_module
 from sparsessm.threads import for_each
+from tests.processes import ROOT
 
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 
@@ -66,3 +71,16 @@ def test_a_forked_process_has_its_own_threads():
         assert results.get(timeout=20) == list(range(10))
     finally:
         child.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has GNU's OpenMP library on Linux")
+@pytest.mark.parametrize(
+    "waits, by_user", [("1000", {}), ("77", {"GOMP_SPINCOUNT": "77"}), ("0", {"OMP_WAIT_POLICY": "passive"})]
+)
+def test_threads_wait_shortly_unless_the_user_says_otherwise(waits, by_user):
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    said = subprocess.run(
+        [sys.executable, "-c", "import sparsessm, torch"], env=clean | by_user | {"OMP_DISPLAY_ENV": "verbose"},
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", said) == [waits]
