@@ -26,13 +26,14 @@ from benchmarking import SHAPES, in_turn, machine, median_ratio
 from numba import njit
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-from sparsessm.kernels.lanes import LANES, fill, fma, load, power, silu, softplus, store
+from sparsessm.kernels.functions import power, silu, softplus
 from sparsessm.kernels.selective_scan import (
     ScanStatistics,
     force_kernel,
     selective_scan,
     selective_scan_ref,
 )
+from sparsessm.lanes import LANES, fill, fma, load, store
 from sparsessm.layerwise.memory import keep_freed
 from sparsessm.report.tables import text_table
 from sparsessm.threads import for_each

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsessm.corpora import text
 from sparsessm.errors import InputError
-from sparsessm.layerwise.memory import device_named
+from sparsessm.layerwise.memory import device_named, placement
 from sparsessm.layerwise.parity import check_parity
 from sparsessm.layerwise.stream import Stream
 from sparsessm.metrics.perplexity import perplexity as perplexity_of
@@ -28,7 +27,8 @@ from sparsessm.models.tokenizing import load_tokenizer
 from sparsessm.options import Options
 from sparsessm.procedure.driver import Job, no_report
 from sparsessm.procedure.fitness import check_model, check_rest
-from sparsessm.procedure.plan import plan_of
+from sparsessm.procedure.fitting import fitted
+from sparsessm.procedure.plan import Plan, plan_of
 from sparsessm.procedure.prune import prune as prune_by_plan
 from sparsessm.procedure.recovery import recover
 from sparsessm.procedure.removal import RemovedParts
@@ -93,17 +93,21 @@ def evaluation(
 
 
 def perplexity(
-    model: PreTrainedModel, windows: Tensor, *, batch: int = 8, device: str = "auto", offload: str = "cpu"
+    model: PreTrainedModel, windows: Tensor, *, batch: int | None = None, device: str = "auto", offload: str = "auto"
 ) -> float:
     """exp of the mean negative log likelihood of L-1 tokens in each of the windows (n,L); no number beyond exp(700).
 
     Args:
-        batch: windows that a layer processes together. device: where layers compute. offload: where windows wait.
+        batch, device, offload: --eval_batch, --device and --offload of the command line.
 
     Raises:
+        sparsessm.errors.InputError: there is no such device.
         sparsessm.errors.DivergenceError: a layer or the head outputs values that are not finite.
     """
-    return perplexity_of(Layout(model), windows, device=device_named(device), offload=offload, batch=batch).value
+    layout, where = Layout(model), device_named(device)
+    asked = Options(model="-", dataset="-", seqlen=windows.shape[1], eval_batch=batch, offload=offload)
+    fit = fitted(asked, Plan(), layout, where, evaluation=len(windows))
+    return perplexity_of(layout, windows, batch=fit.eval_batch, **placement(where, fit.offload, None)).value
 
 
 def prune(
@@ -114,7 +118,7 @@ def prune(
     sparsity: float | None = None,
     parts: Sequence[str] = ("A_log",),
     device: str = "auto",
-    offload: str = "cpu",
+    offload: str = "auto",
     report: Callable[..., None] = no_report,
     **options: Any,
 ) -> Result:
@@ -123,7 +127,8 @@ def prune(
     Args:
         windows: (n,L) int64 calibration windows of token ids, from `calibration` or your own.
         method: a name of METHODS (README.md). sparsity: share of the entries to prune, between 0 and 1.
-        parts: "A_log", "weights" or both. options: flags of the command line by their names, as prunen=2, prunem=4.
+        parts: "A_log", "weights" or both. device, offload, options: flags of the command line by their names, as
+            prunen=2, prunem=4.
         report: called for each finished layer, report(phase, layer, **figures).
 
     Returns:
@@ -140,8 +145,9 @@ def prune(
     asked: dict[str, Any] = {flag: part in parts for part, flag in PARTS.items()}
     count, seqlen = windows.shape
     chosen = Options(
-        model="-", dataset="-", method=method, sparsity=sparsity, nsamples=count, seqlen=seqlen, **asked, **options
-    )
+        model="-", dataset="-", method=method, sparsity=sparsity, nsamples=count, seqlen=seqlen, offload=offload, **asked,
+        **options,
+    )  # fmt: skip
     layout, where = Layout(model), device_named(device)
     first, stop = check_model(chosen, layout)
     check_parity(layout, "the model", where)
@@ -150,11 +156,11 @@ def prune(
     plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
     check_rest(chosen, plan, layout, history, first, stop)
 
+    fit = fitted(chosen, plan, layout, where, count)
+    place = placement(where, fit.offload, chosen.memory_budget) | {"batch": fit.calib_batch, "gone": history.present()}
+
     def job(layout: Layout) -> Job:
-        placed = partial(
-            Stream.embed, device=where, offload=offload, batch=chosen.calib_batch, gone=history.present()
-        )
-        return Job(layout, lambda: placed(layout, windows), first, stop, report)
+        return Job(layout, lambda: Stream.embed(layout, windows, **place), first, stop, report)
 
     dense = Layout(copy.deepcopy(model)) if chosen.recover else None
     result = result_of(history, ledger, prune_by_plan(job(layout), plan, windows))

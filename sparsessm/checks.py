@@ -12,6 +12,9 @@ from sparsessm.metrics.tasks import TASKS
 from sparsessm.pruning.methods import MEASURED, METHODS, Method
 from sparsessm.pruning.saliency import SALIENCIES
 
+# What --offload takes.
+OFFLOADS = ("auto", "device", "cpu", "disk")
+
 
 def check(options: Any) -> None:
     """Every check of Options that does not need the model.
@@ -31,6 +34,8 @@ def check(options: Any) -> None:
     for name, value in vars(options).items():
         if name != "sparsity" and isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"--{name} must be a finite number, not {value}")
+    if options.offload not in OFFLOADS:
+        raise InputError(f"--offload must be one of {', '.join(OFFLOADS)}, not {options.offload}")
     if options.seqlen < 2:
         raise InputError("--seqlen must be at least 2: a window of one token predicts nothing")
     if options.memory_budget is not None and not options.memory_budget >= 0:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsessm.checks import check
+from sparsessm.checks import OFFLOADS, check
 from sparsessm.metrics.tasks import TASKS
 from sparsessm.pruning.methods import (
     AGGREGATES,
@@ -60,6 +60,14 @@ def _boolean(text: str) -> bool:
     if lowered in ("false", "0", "no"):
         return False
     raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+
+
+def _count_or_auto(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number or auto, not {text!r}")
+    return int(text)
 
 
 def _option(default: Any, about: str, *, names: Sequence[str] = (), **argument: Any) -> Any:
@@ -174,7 +182,7 @@ class Options:
         "other; model, all together; both in this order",
         nargs="+", choices=RECOVERIES,
     )  # fmt: skip
-    recover_steps: int = _option(200, "steps of --recover model, of --calib_batch windows each", type=int)
+    recover_steps: int = _option(200, "steps of --recover model, of --calib_batch windows each (auto: 8)", type=int)
     recover_rate: float = _option(1e-3, "learning rate of --recover model", type=float)
     recover_passes: int = _option(10, "passes of --recover blocks over the windows, for each layer", type=int)
     recover_block_rate: float = _option(2e-3, "learning rate of --recover blocks", type=float)
@@ -203,15 +211,21 @@ class Options:
     )
     device: str = _option("auto", "where blocks compute: auto, cpu, cuda, cuda:1 ...")
     offload: str = _option(
-        "cpu",
-        "where the inputs of a block are kept: device, the compute device; cpu, main memory; disk, a file in the run folder",
-        choices=("device", "cpu", "disk"),
+        "auto",
+        "where the inputs of a block are kept: device, the compute device; cpu, main memory; disk, a file in the run "
+        "folder; auto, the first of these that has room",
+        choices=OFFLOADS,
     )
     memory_budget: float | None = _option(
         None, "GiB that may be spent to save work, 0 for none (default: a share of what is free)", type=float
     )
-    calib_batch: int = _option(8, "calibration windows that a block processes together", type=int)
-    eval_batch: int = _option(8, "evaluation windows that a block processes together", type=int)
+    calib_batch: int | None = _option(
+        None, "calibration windows that a block processes together (default: auto: 8; on a GPU up to 64, if it has room)",
+        type=_count_or_auto, metavar="N",
+    )  # fmt: skip
+    eval_batch: int | None = _option(
+        None, "the same of evaluation windows (default: auto)", type=_count_or_auto, metavar="N"
+    )
     zero_shot_batch: int = _option(16, "choices that the harness feeds to the model together", type=int)
 
     overwrite: bool = _flag("let --save replace the checkpoint in a folder that is not empty; its other files stay")

@@ -31,6 +31,7 @@ from sparsessm.models.architecture import Layout
 from sparsessm.models.tokenizing import load_tokenizer
 from sparsessm.options import Options
 from sparsessm.procedure.driver import Job
+from sparsessm.procedure.fitting import Fit, fitted
 from sparsessm.procedure.plan import Plan, plan_of
 from sparsessm.procedure.prune import prune
 from sparsessm.pruning.methods import WHOLE
@@ -68,6 +69,7 @@ def rehearse(chosen: Options, source: checkpoint.Source, first: int, stop: int, 
     layout = Layout(checkpoint.skeleton(source))
     dtype = checkpoint.DTYPES.get(chosen.dtype) or getattr(source.config, "dtype", None) or torch.float32
     plan = plan_of(chosen, layout.targets(chosen.target_modules, chosen.parts, chosen.module))
+    fit = fitted(chosen, plan, layout, device, len(calibration), max(map(len, windows.values()), default=0))
     size = _bytes(layout, dtype)
     told = ", ".join(f"{plural(len(ids), 'window')} of {name}" for name, ids in windows.items()) or "none"
     lines = [
@@ -81,9 +83,11 @@ def rehearse(chosen: Options, source: checkpoint.Source, first: int, stop: int, 
         why = "it tries every removal" if plan.removal else f"layers of {source.config.model_type} share weights"
         lines.append(f"time and memory: not known before the run, because {why}")
     else:
-        trial, missing = _trial(chosen, layout, plan, device, dtype)
+        trial, missing = _trial(chosen, fit, layout, plan, device, dtype)
         width = layout.model.get_input_embeddings().weight.shape[1]
         lines += _expected(trial, missing, size, width, calibration, list(windows.values()))
+    if fit.told:
+        lines.append(fit.told)
     if plan.recovery.kinds:
         lines.append("recovery: not part of this; it keeps the dense model beside the pruned one")
     return "\n".join(lines)
@@ -149,6 +153,7 @@ class _Trial:
     """
 
     chosen: Options
+    fit: Fit
     plan: Plan
     config: Any
     counts: Sequence[int]
@@ -180,7 +185,7 @@ class _Trial:
             self._prune(layout, calibration[:1, :_WARM], _Clock())  # kernels are compiled or loaded
             found["prune"] = self._seconds(lambda clock: self._prune(layout, calibration, clock))
         found["peak"] = peak_memory(self.device)
-        place = placement(self.device, self.chosen.offload, self.chosen.memory_budget) | {"batch": self.chosen.eval_batch}
+        place = placement(self.device, self.fit.offload, self.chosen.memory_budget) | {"batch": self.fit.eval_batch}
         for ids in windows:
             found["eval"].append(self._seconds(partial(_evaluate, layout, ids, place)))
         return found | {"peak_eval": peak_memory(self.device)}
@@ -193,8 +198,7 @@ class _Trial:
         return layers + time.perf_counter() - start - sum(clock.took.values())
 
     def _prune(self, layout: Layout, windows: Tensor, clock: _Clock) -> None:
-        chosen = self.chosen
-        place = placement(self.device, chosen.offload, chosen.memory_budget) | {"batch": chosen.calib_batch}
+        place = placement(self.device, self.fit.offload, self.chosen.memory_budget) | {"batch": self.fit.calib_batch}
         if self.plan.transitions and self.plan.transitions.pattern.removes:
             layout = Layout(copy.deepcopy(layout.model))  # it can be removed once
         prune(Job(layout, lambda: Stream.embed(layout, windows, **place), 0, len(self.counts), clock), self.plan, windows)
@@ -204,7 +208,9 @@ def _evaluate(layout: Layout, ids: Tensor, place: dict[str, Any], clock: _Clock)
     perplexity(layout, ids, report=clock, **place)
 
 
-def _trial(chosen: Options, layout: Layout, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[_Trial, int]:
+def _trial(
+    chosen: Options, fit: Fit, layout: Layout, plan: Plan, device: torch.device, dtype: torch.dtype
+) -> tuple[_Trial, int]:
     """A trial of the first layer of each kind, and the bytes of weights and masks that its model is short of."""
     kinds = [
         (type(layer).__name__, *((name, tuple(weight.shape)) for name, weight in layer.named_parameters()))
@@ -222,7 +228,7 @@ def _trial(chosen: Options, layout: Layout, plan: Plan, device: torch.device, dt
         if index not in kept:
             small.remove_layer(index)
     counts = [kinds.count(kinds[index]) for index in kept]
-    return _Trial(chosen, plan, small.model.config, counts, dtype, device), whole - size(small)
+    return _Trial(chosen, fit, plan, small.model.config, counts, dtype, device), whole - size(small)
 
 
 def _expected(
@@ -232,10 +238,10 @@ def _expected(
 
     missing: bytes of the whole model that the trial's has not. size: bytes of its weights. width: of the stream.
     """
-    chosen, start = trial.chosen, time.perf_counter()
-    stream = 0 if chosen.offload == "disk" else chosen.seqlen * width * _STREAM  # of a window
-    parts = [ids[: chosen.eval_batch] for ids in windows]
-    counts = sorted({min(chosen.calib_batch * times, len(calibration)) for times in (1, 2)})
+    chosen, fit, start = trial.chosen, trial.fit, time.perf_counter()
+    stream = 0 if fit.offload == "disk" else chosen.seqlen * width * _STREAM  # of a window
+    parts = [ids[: fit.eval_batch] for ids in windows]
+    counts = sorted({min(fit.calib_batch * times, len(calibration)) for times in (1, 2)})
     runs = [trial.alone(calibration[:count], parts if count == counts[-1] else []) for count in counts]
     pruning, peak = runs[-1]["prune"], runs[-1]["peak"]["process"]
     if more := len(calibration) - counts[-1]:  # there were two runs
@@ -259,7 +265,7 @@ def _expected(
     ]
     if trial.device.type == "cuda":
         lines.append(f"memory of the device: about {bytes_text(runs[-1]['peak_eval']['cuda'])}")
-    if chosen.offload == "disk":
+    if fit.offload == "disk":
         rows = max([len(calibration), *map(len, windows)])
         lines.append(f"disk: {bytes_text(rows * chosen.seqlen * width * _STREAM)} in the run folder while it runs")
     spent = f"{len(trial.counts)} of {sum(trial.counts)} layers with random weights on {plural(counts[-1], 'window')}"

@@ -36,6 +36,7 @@ from sparsessm.models.tokenizing import load_tokenizer, tokenizer_sha256
 from sparsessm.options import Options
 from sparsessm.procedure.driver import Job
 from sparsessm.procedure.fitness import check_rest, without_ssm
+from sparsessm.procedure.fitting import fitted
 from sparsessm.procedure.plan import plan_of
 from sparsessm.procedure.prune import prune, reports
 from sparsessm.procedure.recovery import recover
@@ -56,7 +57,7 @@ class Steps:
     ) -> None:  # fmt: skip
         self.chosen, self.log, self.journal, self.source, self.device = chosen, log, journal, source, device
         self.tasks = tasks
-        self.placement = placement(device, chosen.offload, chosen.memory_budget) | {"scratch": folder}
+        self.folder = folder
         self.seconds = {"load": 0.0, "prune": 0.0, "eval": 0.0}
         self.result = Result()
         self.hashes: dict[str, str] = {}
@@ -144,7 +145,6 @@ class Steps:
         parity = check_parity(layout, chosen.model, self.device)
         self.log.event("parity", difference=parity.difference, where=parity.where, took=round(parity.seconds, 3))
         self.history = history.read_history(self.source.folder, layout)
-        self.placement["gone"] = self.history.present()
         self.ledger = history.Ledger(layout, self.history)
         logger.info(
             "model: %s, %d layers, %.1fM parameters; as stock transformers computes it to %.0e (%.1f s)",
@@ -162,12 +162,22 @@ class Steps:
                 sum(dense.values()) / 1e6, len(dense), ", ".join(largest),
             )  # fmt: skip
         check_rest(chosen, self.plan, layout, self.history, first, stop)
+        self._place(layout)
         if (self.plan.transitions or self.plan.removal) and (bare := without_ssm(layout, first, stop)):
             logger.info("layers without an SSM, whose A_log is not there to prune: %s", ", ".join(map(str, bare)))
         if chosen.save and distributed.is_main():
             self.place = Place(chosen.save, saving.size_needed(model))
             saving.write_tokenizer(self.tokenizer, self.place.staging)
         return layout
+
+    def _place(self, layout: Layout) -> None:
+        """Settles where block inputs wait, and how many windows are computed together."""
+        calibration = len(self.calibration.ids) if self.chosen.method else 0
+        largest = max(map(len, self.windows.values()), default=0)
+        self.fit = fitted(self.chosen, self.plan, layout, self.device, calibration, largest)
+        self.placement = placement(self.device, self.fit.offload, self.chosen.memory_budget) | {"scratch": self.folder}
+        if self.fit.told:
+            logger.info("%s", self.fit.told)
 
     def _read_texts(self) -> None:
         chosen = self.chosen
@@ -205,8 +215,7 @@ class Steps:
         for index, (name, ids) in enumerate(self.windows.items()):
             figure = self.journal.load_figures(f"{when}-{index}", _is_perplexity)
             if figure is None:
-                placement = {key: value for key, value in self.placement.items() if key != "gone"}
-                result = perplexity(layout, ids, batch=self.chosen.eval_batch, report=self.log.report, **placement)
+                result = perplexity(layout, ids, batch=self.fit.eval_batch, report=self.log.report, **self.placement)
                 figure = {"value": result.value if math.isfinite(result.value) else None, "note": result.note}
                 self.log.event("perplexity", when=when, dataset=name, windows=result.windows, **figure)
                 self.journal.store_figures(f"{when}-{index}", figure)
@@ -254,7 +263,8 @@ class Steps:
 
     def _job(self, layout: Layout, first: int, stop: int) -> Job:
         def embed() -> Stream:
-            return Stream.embed(layout, self.calibration.ids, batch=self.chosen.calib_batch, **self.placement)
+            batch, gone = self.fit.calib_batch, self.history.present()
+            return Stream.embed(layout, self.calibration.ids, batch=batch, gone=gone, **self.placement)
 
         return Job(layout, embed, first, stop, self.log.report, self.journal)
 

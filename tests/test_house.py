@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A package may import from an earlier row and from itself; some names are single files.
 PACKAGES = [
-    {"sparsessm", "compiled", "threads", "version"},
+    {"sparsessm", "compiled", "lanes", "threads", "version"},
     {"errors"},
     {"files"},
     {"kernels", "pruning"},
@@ -89,7 +89,7 @@ def test_there_are_no_import_cycles():
 def test_pruning_knows_no_model_no_file_and_no_flag():
     for module, others in GRAPH.items():
         if package_of(module) == "pruning":
-            known = ("pruning", "errors", "threads", "compiled", "sparsessm")
+            known = ("pruning", "errors", "threads", "compiled", "lanes", "sparsessm")
             assert all(package_of(other) in known for other in others), module
 
 

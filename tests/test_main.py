@@ -105,8 +105,9 @@ def test_the_same_command_gives_the_same_bytes(run_main, tmp_path):
 
 
 def test_evaluation_batch_does_not_matter(run_main):
-    one, eight = (perplexity(run_main([*QUICK, "--eval_batch", batch])) for batch in ("1", "8"))
-    assert one == pytest.approx(eight, rel=1e-6)
+    one, eight, auto = (run_main([*QUICK, "--eval_batch", batch]) for batch in ("1", "8", "auto"))
+    assert perplexity(one) == pytest.approx(perplexity(eight), rel=1e-6) and perplexity(auto) == perplexity(eight)
+    assert "8 windows at once to evaluate\n" in auto.stderr and "at once to evaluate" not in eight.stderr
 
 
 def test_calibration_batch_does_not_matter_but_for_ties(run_main, tmp_path):

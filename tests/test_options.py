@@ -245,6 +245,7 @@ def test_the_options_of_a_run_are_a_file_of_options(tmp_path):
         ("resume: runs/1", "there is no option resume"),
         ("3: 4", "there is no option 3"),
         ("seed: fast", "argument --seed: invalid int value: 'fast'"),
+        ("calib_batch: most", "argument --calib_batch: expected a number or auto, not 'most'"),
         ("method: best", "argument --method: invalid choice: 'best'"),
         ("prune_layers: true\nprune_layer: true", "gives prune_layers twice"),
         ("method: {name: sparsessm}", "method must be a value or a list of values"),

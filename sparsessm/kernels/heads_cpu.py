@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsessm import lanes
 from sparsessm.compiled import kept, source_of
-from sparsessm.kernels import heads_gradient_piece, heads_piece, lanes
+from sparsessm.kernels import functions, heads_gradient_piece, heads_piece
 from sparsessm.kernels.backends import wants_gradient
-from sparsessm.kernels.lanes import LANES
 from sparsessm.kernels.scan_cpu import PIECES, flat, view_of
+from sparsessm.lanes import LANES
 from sparsessm.threads import for_each
 
 
@@ -50,8 +51,8 @@ def _compiled_gradients(source: str) -> tuple[Callable[[Any], None], ...]:
     return kept(conv_gradient), kept(norm_gradient)
 
 
-_scan, _conv, _norm = _compiled(source_of(lanes, heads_piece))
-_conv_gradient, _norm_gradient = _compiled_gradients(source_of(lanes, heads_gradient_piece))
+_scan, _conv, _norm = _compiled(source_of(lanes, functions, heads_piece))
+_conv_gradient, _norm_gradient = _compiled_gradients(source_of(lanes, functions, heads_gradient_piece))
 
 
 def scan_heads(

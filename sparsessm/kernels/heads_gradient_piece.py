@@ -6,7 +6,8 @@ import math
 
 from numba import njit
 
-from sparsessm.kernels.lanes import LANES, fill, floats, fma, load, put, silu, silu_slope, store, take
+from sparsessm.kernels.functions import silu, silu_slope
+from sparsessm.lanes import LANES, fill, floats, fma, load, put, store, take
 
 
 @njit(nogil=True)

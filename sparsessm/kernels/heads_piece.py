@@ -12,7 +12,8 @@ import math
 import numpy as np
 from numba import njit
 
-from sparsessm.kernels.lanes import LANES, exp, fill, fill_from, floats, fma, load, put, silu, store, take
+from sparsessm.kernels.functions import exp, silu
+from sparsessm.lanes import LANES, fill, fill_from, floats, fma, load, put, store, take
 
 ROWS = 4
 FORGOTTEN = -128.0  # below it all is forgotten in float32; sums of larger ones would leave differences no digits

@@ -32,10 +32,11 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled() -> Callable[[Any], None]:
+    from sparsessm import lanes
     from sparsessm.compiled import kept, source_of
-    from sparsessm.kernels import lanes, likelihood_piece
+    from sparsessm.kernels import functions, likelihood_piece
 
-    source = source_of(lanes, likelihood_piece)
+    source = source_of(lanes, functions, likelihood_piece)
 
     def likelihood(task: Any) -> None:
         if len(source) > 0:

@@ -6,7 +6,8 @@ import math
 
 from numba import njit
 
-from sparsessm.kernels.lanes import LANES, exp, fill, floats, larger, load, store
+from sparsessm.kernels.functions import exp
+from sparsessm.lanes import LANES, fill, floats, larger, load, store
 
 TOGETHER = 64  # vectors whose sum is in float32
 

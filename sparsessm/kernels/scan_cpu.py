@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsessm import lanes
 from sparsessm.compiled import kept, source_of
-from sparsessm.kernels import lanes, scan_piece
-from sparsessm.kernels.lanes import LANES, LOG2E
+from sparsessm.kernels import functions, scan_piece
+from sparsessm.kernels.functions import LOG2E
 from sparsessm.kernels.selective_scan import EFFECTS, ScanStatistics, decays, selective_scan_ref
+from sparsessm.lanes import LANES
 from sparsessm.threads import for_each
 
 PROVIDES = frozenset({"h2", "abar", "hh", "gram"})
@@ -33,7 +35,7 @@ def _compiled(source: str) -> Callable[[Any], None]:
     return kept(scan)
 
 
-_scan = _compiled(source_of(lanes, scan_piece))
+_scan = _compiled(source_of(lanes, functions, scan_piece))
 
 
 def selective_scan_cpu(

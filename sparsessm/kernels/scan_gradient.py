@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsessm import lanes
 from sparsessm.compiled import kept, source_of
-from sparsessm.kernels import lanes, scan_gradient_piece
-from sparsessm.kernels.lanes import LANES, LOG2E
+from sparsessm.kernels import functions, scan_gradient_piece
+from sparsessm.kernels.functions import LOG2E
 from sparsessm.kernels.scan_cpu import flat, selective_scan_cpu, view_of
 from sparsessm.kernels.scan_gradient_piece import PIECE
+from sparsessm.lanes import LANES
 from sparsessm.threads import for_each
 
 # Tasks that the channels of a batch are cut into at the least: the threads that can share it.
@@ -41,7 +43,7 @@ def _compiled(source: str) -> Callable[..., None]:
     return kept(gradient)
 
 
-_gradient = _compiled(source_of(lanes, scan_gradient_piece))
+_gradient = _compiled(source_of(lanes, functions, scan_gradient_piece))
 
 
 def scan_with_gradient(

@@ -8,24 +8,8 @@ from __future__ import annotations
 
 from numba import njit
 
-from sparsessm.kernels.lanes import (
-    LANES,
-    fill,
-    fill_from,
-    floats,
-    fma,
-    load,
-    load_row,
-    power,
-    put,
-    sigmoid,
-    silu,
-    silu_slope,
-    softplus,
-    store,
-    store_row,
-    take,
-)
+from sparsessm.kernels.functions import power, sigmoid, silu, silu_slope, softplus
+from sparsessm.lanes import LANES, fill, fill_from, floats, fma, load, load_row, put, store, store_row, take
 
 PIECE = 64  # time steps
 

@@ -14,23 +14,20 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from sparsessm.kernels.lanes import (
+from sparsessm.kernels.functions import exp, power, silu, softplus
+from sparsessm.lanes import (
     LANES,
     add_transposed,
     add_wide,
     address,
-    exp,
     fill,
     fill_from,
     floats,
     fma,
     load,
     load_row,
-    power,
     prefetch,
     put,
-    silu,
-    softplus,
     store,
     store_row,
     take,

@@ -88,6 +88,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def is_main() -> bool:
     """Whether this is the process that writes and logs."""
     return rank() == 0
@@ -97,13 +102,13 @@ def share(windows: Tensor, batch: int) -> Tensor:
     """This process's windows of (n,L): every world-th batch."""
     if not dist.is_initialized():
         return windows
-    mine = windows.split(batch)[rank() :: dist.get_world_size()]
+    mine = windows.split(batch)[rank() :: count()]
     return torch.cat(mine) if mine else windows[:0]
 
 
 def batch_number(mine: int) -> int:
     """The number among all batches of one of this process's, see `share`."""
-    return mine * dist.get_world_size() + rank() if dist.is_initialized() else mine
+    return mine * count() + rank()
 
 
 def all_sum(*sums: Tensor) -> None:

@@ -20,7 +20,7 @@ from sparsessm.errors import DivergenceError
 from sparsessm.kernels.matmul import linear
 from sparsessm.kernels.selective_scan import SUM_DTYPE
 from sparsessm.layerwise import distributed
-from sparsessm.layerwise.memory import DiskTensor
+from sparsessm.layerwise.memory import Stored
 from sparsessm.layerwise.statistics import Accumulator, CrossGram
 from sparsessm.layerwise.stream import Importance, Stream
 from sparsessm.layerwise.visit import NO_CALL, Visit, visit
@@ -33,7 +33,7 @@ class _Caches:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._parts: list[Tensor | DiskTensor] = []  # none before the end of the first piece
+        self._parts: list[Stored] = []  # none before the end of the first piece
         self._shapes: list[tuple[int, ...]] = []
 
     def take(self, rows: slice, steps: slice) -> list[Any]:
@@ -203,7 +203,7 @@ class Layer:
             statistics = mixer.scan_statistics(
                 needs, steps.stop - steps.start, stream.device, effect=effect, structure=structure
             )
-            for rows in stream.batches():
+            for rows, _ in stream.turns([(rows, steps) for rows in stream.batches()]):
                 conv, state, statistics.counterfactual = caches.take(rows, steps)
                 cache = None if conv is None else Cache(conv, state)
                 seen = self._visit(rows, steps, cache=cache, statistics=statistics, until="scan")
@@ -275,16 +275,16 @@ class Layer:
         """All windows through the layer, batch after batch, each in pieces; check: whether outputs must be finite."""
         stream = self.stream
         finite = torch.ones((), dtype=torch.bool, device=stream.device)
-        for rows in stream.batches():
-            cache = None
-            for steps in self._pieces():
-                kept, hooks = self._kept.pop((steps.start, rows.start), None), hooks_of(rows, steps)
-                with self._listening(hooks):
-                    seen = self._visit(rows, steps, cache=cache, hooks=hooks, kept=kept, until=until)
-                cache = seen.cache
-                if keep_outputs:
-                    finite &= torch.isfinite(torch.stack(torch.aminmax(seen.out))).all()
-                    stream.hidden[rows, steps] = seen.out.to(stream.hidden.dtype)
+        cache = None
+        for rows, steps in stream.turns([(rows, steps) for rows in stream.batches() for steps in self._pieces()]):
+            kept, hooks = self._kept.pop((steps.start, rows.start), None), hooks_of(rows, steps)
+            cache = cache if steps.start else None
+            with self._listening(hooks):
+                seen = self._visit(rows, steps, cache=cache, hooks=hooks, kept=kept, until=until)
+            cache = seen.cache
+            if keep_outputs:
+                finite &= torch.isfinite(torch.stack(torch.aminmax(seen.out))).all()
+                stream.hidden[rows, steps] = seen.out.to(stream.hidden.dtype)
         self.advanced = keep_outputs
         if check and not finite:
             raise DivergenceError(f"layer {self.index} outputs values that are not finite")

@@ -10,12 +10,16 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import torch
 from torch import Tensor
 
-from sparsessm.errors import InputError
+from sparsessm.errors import InputError, require_known
+from sparsessm.layerwise.pinned import PinnedTensor
+
+# Where the residual stream may be kept.
+_PLACES = ("device", "cpu", "disk")
 
 # Share of the free memory that kept activations may take where --memory_budget says nothing.
 _FREE_SHARE = 0.4
@@ -53,7 +57,8 @@ def device_named(name: str) -> torch.device:
 
 def placement(device: torch.device, offload: str, gib: float | None) -> dict[str, Any]:
     """What Stream.embed takes for --offload (device, cpu or disk) and --memory_budget (GiB, None for the default)."""
-    where = {"device": device, "cpu": "cpu", "disk": "disk"}[offload]
+    require_known("offload", offload, _PLACES)
+    where = device if offload == "device" else offload
     return {"device": device, "offload": where, "budget": None if gib is None else int(gib * 2**30)}
 
 
@@ -89,15 +94,25 @@ def _own_peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+Stored = Union[Tensor, "DiskTensor", PinnedTensor]
+
+
 def allocate(
-    shape: tuple[int, int, int], dtype: torch.dtype, place: torch.device | str, folder: str | Path | None = None
-) -> Tensor | DiskTensor:
+    shape: tuple[int, int, int], dtype: torch.dtype, place: torch.device | str, folder: str | Path | None = None,
+    device: torch.device | None = None,
+) -> Stored:  # fmt: skip
     """A tensor of any content on a device or, for the place "disk", in a file in the folder.
+
+    device: where it is read and written; for a GPU main memory is pinned.
 
     Raises:
         InputError: the disk is too full.
     """
-    return DiskTensor(shape, dtype, folder) if place == "disk" else torch.empty(shape, dtype=dtype, device=place)
+    if place == "disk":
+        return DiskTensor(shape, dtype, folder)
+    if device is not None and device.type == "cuda" and torch.device(place).type == "cpu":
+        return PinnedTensor(shape, dtype, device)
+    return torch.empty(shape, dtype=dtype, device=place)
 
 
 class DiskTensor:

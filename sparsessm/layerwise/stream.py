@@ -11,7 +11,7 @@ visited and goes back afterwards; the stream waits elsewhere in between.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sparsessm.errors import InputError
 from sparsessm.layerwise import distributed
-from sparsessm.layerwise.memory import DiskTensor, allocate, default_budget
+from sparsessm.layerwise.memory import DiskTensor, Stored, allocate, default_budget
+from sparsessm.layerwise.pinned import PinnedTensor
 from sparsessm.models.architecture import Call, Layout
 
 # Time steps that a layer processes together: they bound memory instead of the length of a window.
@@ -46,7 +47,7 @@ class Stream:
     """The residual stream of this process's windows.
 
     Attributes:
-        hidden: (n,L,M), in main memory, on the device, or in a file.
+        hidden: (n,L,M), on the device, in main memory, or in a file.
         device: where layers compute.
         batch: windows that a layer processes together.
         total: windows in all processes together.
@@ -58,13 +59,13 @@ class Stream:
         steps: time steps that a layer processes together.
     """
 
-    hidden: Tensor | DiskTensor
+    hidden: Stored
     device: torch.device
     batch: int
     total: int
     budget: int
     calls: dict[int, list[Call]] = field(default_factory=dict)
-    entered: Tensor | DiskTensor = field(default_factory=lambda: torch.empty(0))
+    entered: Stored = field(default_factory=lambda: torch.empty(0))
     gone: Mapping[str, Tensor] = field(default_factory=dict)
     importance: Mapping[str, Importance] = field(default_factory=dict)
     steps: int = STEPS_AT_ONCE
@@ -93,7 +94,7 @@ class Stream:
         device, dtype = torch.device(device), layout.stream_dtype
         mine = distributed.share(windows, batch) if share else windows
         width = layout.model.get_input_embeddings().weight.shape[1]
-        hidden = allocate((*mine.shape, width), dtype, offload, scratch)
+        hidden = allocate((*mine.shape, width), dtype, offload, scratch, device)
         budget = default_budget(device) if budget is None else budget
         stream = cls(hidden, device, batch, len(windows), budget, gone=gone or {}, steps=steps or STEPS_AT_ONCE)
         for rows in stream.batches():
@@ -123,12 +124,23 @@ class Stream:
     def batches(self) -> list[slice]:
         return [slice(start, min(start + self.batch, len(self))) for start in range(0, len(self), self.batch)]
 
-    def beside(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | DiskTensor:
+    def beside(self, rows: int, columns: int, dtype: torch.dtype) -> Stored:
         """(n,rows,columns) of any content, where the stream waits."""
         shape = len(self), rows, columns
         if isinstance(self.hidden, DiskTensor):
             return allocate(shape, dtype, "disk", self.hidden.folder)
-        return allocate(shape, dtype, self.hidden.device)
+        place = self.hidden.device if isinstance(self.hidden, Tensor) else "cpu"
+        return allocate(shape, dtype, place, device=self.device)
+
+    def turns(self, visits: Sequence[tuple[slice, slice]]) -> Iterator[tuple[slice, slice]]:
+        """The visits of (windows, steps) in their order; what the next one reads is on its way meanwhile."""
+        hidden = self.hidden
+        if isinstance(hidden, PinnedTensor):
+            hidden.forget()
+        for number, visit in enumerate(visits):
+            if isinstance(hidden, PinnedTensor) and number + 1 < len(visits):
+                hidden.ahead(visits[number + 1])
+            yield visit
 
     def pieces(self) -> list[slice]:
         L = self.hidden.shape[1]

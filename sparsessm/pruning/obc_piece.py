@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from sparsessm import lanes
 from sparsessm.compiled import kept, source_of
-from sparsessm.kernels import lanes
-from sparsessm.kernels.lanes import LANES, fill_from, fma, least, load, smaller, store
+from sparsessm.lanes import LANES, fill_from, fma, least, load, smaller, store
 
 # Removals after which the inverse is brought up to date: until then each is a row that its use subtracts.
 _PENDING = 4

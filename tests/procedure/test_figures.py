@@ -49,7 +49,7 @@ def test_independent_figures_on_wikitext2(texts, method, what, transition, spars
     source, calibration, evaluation = texts
     options = Options(model="-", dataset="-", method=method, sparsity=sparsity, pruned_transition=transition, **{what: True})
     layout = Layout(checkpoint.load(source))
-    job = Job(layout, lambda: Stream.embed(layout, calibration, batch=options.calib_batch, **PLACE), 0, len(layout.layers))
+    job = Job(layout, lambda: Stream.embed(layout, calibration, batch=8, **PLACE), 0, len(layout.layers))
     prune(job, plan_of(options, Mamba1Mixer.MODULES), calibration)
-    measured = perplexity(layout, evaluation, batch=options.eval_batch, **PLACE).value
+    measured = perplexity(layout, evaluation, batch=8, **PLACE).value
     assert measured == pytest.approx(value, rel=0.01 if what == "prune_layers" else 0.005)

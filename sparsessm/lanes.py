@@ -1,4 +1,4 @@
-"""Vectors of 16 numbers for numba, and the functions of them that a selective scan is made of.
+"""Vectors of 16 numbers for numba.
 
 What a compiler makes of a scalar loop changes from version to version; so the vectors are written out, as a numba type
 whose operations are LLVM's. `load`, `store` and what lies between them work on 16 lanes at once.
@@ -158,24 +158,23 @@ def fma(typingctx, a, b, c):
     return a(a, a, a), generate
 
 
+def _chosen(kind, sign):
+    def generate(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered(sign, args[1], args[0]), args[1], args[0])
+
+    return kind(kind, kind), generate
+
+
 @intrinsic
 def larger(typingctx, a, b):
     """The larger of the two; a where it is not a number."""
-
-    def generate(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered(">", args[1], args[0]), args[1], args[0])
-
-    return a(a, a), generate
+    return _chosen(a, ">")
 
 
 @intrinsic
 def smaller(typingctx, a, b):
     """The smaller of the two; a where it is not a number."""
-
-    def generate(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered("<", args[1], args[0]), args[1], args[0])
-
-    return a(a, a), generate
+    return _chosen(a, "<")
 
 
 @intrinsic
@@ -200,20 +199,6 @@ def double(typingctx, a):
         return builder.fpext(args[0], ir.VectorType(ir.DoubleType(), LANES))
 
     return DOUBLE(a), generate
-
-
-@intrinsic
-def scale(typingctx, value, rounded):
-    """value 2^k of float32 lanes for k = rounded - ROUND; 0 where the result would be below 2^-125.5."""
-
-    def generate(context, builder, sig, args):
-        bits = ir.VectorType(ir.IntType(32), LANES)
-        exponent = builder.shl(builder.bitcast(args[1], bits), ir.Constant(bits, [23] * LANES))
-        scaled = builder.add(builder.bitcast(args[0], bits), exponent)
-        vanishes = builder.fcmp_ordered("<", args[1], ir.Constant(args[1].type, [ROUND - 125.0] * LANES))
-        return builder.bitcast(builder.select(vanishes, ir.Constant(bits, None), scaled), args[0].type)
-
-    return value(value, value), generate
 
 
 @intrinsic
@@ -334,69 +319,6 @@ def store_row(array, to, s0, s1, s2, s3):
     store(array, to + LANES, s1)
     store(array, to + 2 * LANES, s2)
     store(array, to + 3 * LANES, s3)
-
-
-LOG2E = 1.4426950408889634
-LOG2E_REST = LOG2E - float(np.float32(LOG2E))
-ROUND = 12582912.0  # 1.5 2^23: adding it rounds to an integer, and leaves that in the low bits
-
-
-@njit(nogil=True)
-def power(x, y):
-    """2^(x y) of float32 lanes for x y <= 0: to 2e-7 of the unrounded product, 1 at 0, 0 below 2^-125.5."""
-    rounded = fma(x, y, fill(ROUND))
-    return _power(rounded, fma(x, y, fill(ROUND) - rounded))
-
-
-@njit(nogil=True)
-def _power(rounded, f):
-    """2^(k + f) for k = rounded - ROUND and |f| <= 1/2; the polynomial is 2^f to 1e-7."""
-    p = fma(f, fill(0.0013264661), fill(0.0096715664))
-    p = fma(f, p, fill(0.055507344))
-    p = fma(f, p, fill(0.24022241))
-    p = fma(f, p, fill(0.69314698))
-    p = fma(f, p, fill(1.0))
-    return scale(p, rounded)
-
-
-@njit(nogil=True)
-def exp(x):
-    """e^x of float32 lanes for x <= 88."""
-    rounded = fma(x, fill(LOG2E), fill(ROUND))
-    f = fma(x, fill(LOG2E), fill(ROUND) - rounded)
-    return _power(rounded, fma(x, fill(LOG2E_REST), f))
-
-
-@njit(nogil=True)
-def softplus(x):
-    """log(1 + e^x), as log(1 + w) = 2 artanh(w / (2 + w))."""
-    w = exp(fill(0.0) - larger(x, fill(0.0) - x))  # e^-|x|
-    s = w / (w + fill(2.0))
-    q = s * s
-    p = fma(q, fill(0.14012229), fill(0.13999571))
-    p = fma(q, p, fill(0.2001085))
-    p = fma(q, p, fill(0.33333207))
-    p = fma(q, p, fill(1.0))
-    return fma(s + s, p, larger(x, fill(0.0)))
-
-
-@njit(nogil=True)
-def silu(x):
-    x = larger(x, fill(-88.0))  # where it is -5e-37
-    return x / (fill(1.0) + exp(fill(0.0) - x))
-
-
-@njit(nogil=True)
-def sigmoid(x):
-    return fill(1.0) / (fill(1.0) + exp(fill(0.0) - larger(x, fill(-88.0))))
-
-
-@njit(nogil=True)
-def silu_slope(x):
-    """The derivative of `silu`."""
-    x = larger(x, fill(-88.0))
-    s = sigmoid(x)
-    return s * fma(x, fill(1.0) - s, fill(1.0))
 
 
 @njit(nogil=True)
