@@ -27,7 +27,7 @@ from sparsessm.report.tables import text_table
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mamba-130m": lambda: random_model("130m", 1, vocab=64),
-    "mamba2-130m": lambda: random_heads(1, vocab=64),
+    "mamba2-130m": lambda: random_heads("mamba2-130m", 1, vocab=64),
 }
 # Steps of a process, and the seconds after which it takes no more.
 STEPS, ENOUGH = 6, 10.0

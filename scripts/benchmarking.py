@@ -36,6 +36,10 @@ transformers.utils.logging.disable_progress_bar()
 
 # Sizes of the published models: d_model, layers.
 SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}
+HEADS = {
+    "mamba2-130m": (768, 24), "mamba2-370m": (1024, 48), "mamba2-780m": (1536, 48), "mamba2-1.3b": (2048, 48),
+    "mamba2-2.7b": (2560, 64),
+}  # fmt: skip
 
 
 def machine() -> str:
@@ -81,11 +85,13 @@ def random_model(shape: str, layers: int, *, vocab: int = 50280, seed: int = 0) 
     return MambaForCausalLM(config).eval().requires_grad_(False)
 
 
-def random_heads(layers: int, *, vocab: int = 50288, seed: int = 0) -> Mamba2ForCausalLM:
-    """A stock model of the shape of mamba2-130m with random weights and this number of layers."""
+def random_heads(shape: str, layers: int | None = None, *, vocab: int = 50288, seed: int = 0) -> Mamba2ForCausalLM:
+    """A stock model of a published shape of Mamba-2 with random weights and this number of layers, or all."""
     torch.manual_seed(seed)
+    d_model, all_layers = HEADS[shape]
     config = Mamba2Config(
-        hidden_size=768, num_hidden_layers=layers, vocab_size=vocab, num_heads=24, head_dim=64, state_size=128, n_groups=1,
+        hidden_size=d_model, num_hidden_layers=layers or all_layers, vocab_size=vocab, num_heads=d_model * 2 // 64,
+        head_dim=64, state_size=128, n_groups=1,
         bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip
     return Mamba2ForCausalLM(config).eval().requires_grad_(False)

@@ -19,6 +19,7 @@ from sparsessm.version import __version__
 
 if TYPE_CHECKING:
     from sparsessm.api import calibration, evaluation, load, perplexity, prune, save
+    from sparsessm.compacting import compact
     from sparsessm.pruning.saliency import register_saliency
     from sparsessm.result import Result
     from sparsessm.training import hold_masks
@@ -32,14 +33,15 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # Where each public name is; imported on first use, so that --help does not wait for torch.
 _PUBLIC = {
     **dict.fromkeys(("load", "calibration", "evaluation", "prune", "perplexity", "save"), "sparsessm.api"),
+    "compact": "sparsessm.compacting",
     "register_saliency": "sparsessm.pruning.saliency",
     "Result": "sparsessm.result",
     "hold_masks": "sparsessm.training",
 }
 
 __all__ = [
-    "Result", "__version__", "calibration", "evaluation", "hold_masks", "load", "perplexity", "prune", "register_saliency",
-    "save",
+    "Result", "__version__", "calibration", "compact", "evaluation", "hold_masks", "load", "perplexity", "prune",
+    "register_saliency", "save",
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ PACKAGES = [
     {"runs"},
     {"steps", "rehearsal"},
     {"run", "api"},
-    {"training"},
+    {"compacting", "training"},
     {"__main__"},
 ]
 LEVEL = {package: level for level, row in enumerate(PACKAGES) for package in row}

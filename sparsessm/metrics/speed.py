@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from sparsessm.errors import InputError
 from sparsessm.models import checkpoint
@@ -44,7 +45,7 @@ class Costs:
             batch of B sequences has B tokens at each position.
         parameters: how many there are, tied ones once. nonzero: the share of them that is neither zero nor marked as
             pruned in masks.safetensors.
-        parameter_bytes, file_bytes: in memory and on disk. state_bytes: the cache of all sequences.
+        parameter_bytes, file_bytes: in memory and on disk, None if it is not there. state_bytes: the cache of all sequences.
         states: bytes of the cache of one sequence, by STATES.
         peak_bytes: most that the device's allocator held for this model, None where the device does not count.
     """
@@ -56,7 +57,7 @@ class Costs:
     nonzero: float
     parameter_bytes: int
     state_bytes: int
-    file_bytes: int
+    file_bytes: int | None
     states: Mapping[str, int] = field(default_factory=dict)
     peak_bytes: int | None = None
 
@@ -66,22 +67,44 @@ class Costs:
         return self.parameter_bytes + self.state_bytes if self.peak_bytes is None else self.peak_bytes
 
 
-@torch.no_grad()
-def measure(
-    names: Sequence[str], *, device: torch.device | str, prompt: int, tokens: int, batch: int, rounds: int
-) -> list[Costs]:
-    """Times all checkpoints on the same random prompts (batch,prompt), each continued greedily by `tokens`.
+@dataclass(frozen=True)
+class Subject:
+    """A model to time. nonzero: see Costs. file_bytes: of its checkpoint, None for a model without one."""
+
+    name: str
+    model: PreTrainedModel
+    nonzero: float
+    file_bytes: int | None = None
+
+
+def subjects_of(names: Sequence[str]) -> list[Subject]:
+    """The models of checkpoints.
 
     Raises:
-        InputError: a length below one, or a checkpoint that cannot be read.
+        InputError: a checkpoint that cannot be read.
+    """
+    found = []
+    for source in map(checkpoint.find, names):
+        model, size = checkpoint.load(source), sum(file.stat().st_size for file in source.files)
+        found.append(Subject(source.name, model, nonzero_share(source, model), size))
+    return found
+
+
+@torch.no_grad()
+def measure(
+    subjects: Sequence[Subject], *, device: torch.device | str, prompt: int, tokens: int, batch: int, rounds: int
+) -> list[Costs]:
+    """Times all models on the same random prompts (batch,prompt), each continued greedily by `tokens`.
+
+    Raises:
+        InputError: a length below one.
     """
     for word, value in {"prompt": prompt, "tokens": tokens, "batch": batch, "rounds": rounds}.items():
         if value < 1:
             raise InputError(f"--{word} must be at least 1, not {value}")
     device = torch.device(device)
-    sources = [checkpoint.find(name) for name in names]
-    models = [checkpoint.load(source).to(device) for source in sources]  # type: ignore[arg-type]  # the wrapper's own self
-    words = min(source.config.vocab_size for source in sources)
+    models: list[nn.Module] = [subject.model.to(device) for subject in subjects]  # type: ignore[arg-type]  # its own self
+    words = min(subject.model.config.vocab_size for subject in subjects)
     ids = torch.randint(words, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     for model in models:
         _turn(model, ids, tokens)  # warms up
@@ -91,19 +114,19 @@ def measure(
             i = (i + number) % len(models)
             turns[i].append(_turn(models[i], ids, tokens))
     found = []
-    for source, model, mine in zip(sources, models, turns, strict=True):
+    for subject, model, mine in zip(subjects, models, turns, strict=True):
         sizes = list(model.parameters())
         found.append(
             Costs(
-                name=source.name,
+                name=subject.name,
                 prefill=tuple(turn.prefill / ids.numel() for turn in mine),
                 decode=tuple(turn.decode / (batch * tokens) for turn in mine),
                 parameters=sum(parameter.numel() for parameter in sizes),
-                nonzero=nonzero_share(source, model),
+                nonzero=subject.nonzero,
                 parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in sizes),
                 state_bytes=sum(mine[0].states.values()),
                 states={kind: size // batch for kind, size in mine[0].states.items()},
-                file_bytes=sum(file.stat().st_size for file in source.files),
+                file_bytes=subject.file_bytes,
                 peak_bytes=None if device.type != "cuda" else max(turn.peak_bytes for turn in mine),
             )
         )
@@ -187,7 +210,9 @@ def cells(costs: Costs) -> dict[str, str]:
     row |= {f"{kind} KiB each": f"{size / 2**10:.1f}" for kind, size in costs.states.items() if size}
     if costs.peak_bytes is not None:
         row["peak MiB"] = f"{costs.peak_bytes / 2**20:.2f}"
-    return row | {"file MiB": f"{costs.file_bytes / 2**20:.2f}", "non-zero": f"{costs.nonzero:.1%}"}
+    if costs.file_bytes is not None:
+        row["file MiB"] = f"{costs.file_bytes / 2**20:.2f}"
+    return row | {"non-zero": f"{costs.nonzero:.1%}"}
 
 
 def verdict(costs: Sequence[Costs]) -> str:
@@ -204,8 +229,9 @@ def _gained(first: Costs, other: Costs) -> str:
     size = {
         "memory": other.memory / first.memory,
         "state": other.state_bytes / first.state_bytes,
-        "file": other.file_bytes / first.file_bytes,
     }
+    if first.file_bytes and other.file_bytes:
+        size["file"] = other.file_bytes / first.file_bytes
     gains = [f"faster {what}" for what, ratios in speed.items() if ratios[len(ratios) // 4] > 1 + _SAME_TIME]
     gains += [_SMALLER[what] for what, ratio in size.items() if ratio < 1 - _SAME_SIZE]
     losses = [f"slower {what}" for what, ratios in speed.items() if ratios[-1 - len(ratios) // 4] < 1 - _SAME_TIME]

@@ -91,7 +91,11 @@ class Mamba2Mixer(Mixer):
                     loss.add_states(y, t, states, C[:, t])
             else:
                 loss.add_heads(y, self._lost(y, u, dt, A, B, C, D, state, statistics))
-        return self._gated_norm(y.flatten(2), inputs.z).to(inputs.mixed.dtype), last
+        return self.gated(y.flatten(2), inputs), last
+
+    def gated(self, y: Tensor, inputs: HeadInputs) -> Tensor:
+        """What out_proj gets of the output y (B,L,DI) of the scan."""
+        return self._gated_norm(y, inputs.z).to(inputs.mixed.dtype)
 
     def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
         """(B,L,DI) -> (B,L,DI)."""

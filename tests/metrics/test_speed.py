@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from scripts.bench_inference import bench
 from sparsessm.errors import InputError
-from sparsessm.metrics.speed import Costs, cells, measure, nonzero_share, verdict
+from sparsessm.metrics.speed import Costs, cells, measure, nonzero_share, subjects_of, verdict
 from sparsessm.models import checkpoint
 from sparsessm.models.architecture import Layout
 from tests.family import HYBRIDS, random_model_of
@@ -44,7 +45,7 @@ def test_sizes_are_those_of_the_checkpoints(pruned, tmp_path):
     block = pruned("--method", "mamba-shedder", "--prune_layers")
     dense = str(tmp_path / "dense")
     names = [dense, unstructured, structured, ssm, block]
-    found = measure(names, **SHORT)
+    found = measure(subjects_of(names), **SHORT)
     assert [costs.name for costs in found] == names
     parameters = sum(tensor.numel() for tensor in load_file(Path(dense) / "model.safetensors").values())
     in_block = sum(
@@ -88,7 +89,7 @@ def test_zeros_and_marks_are_counted_once(tiny_checkpoint):
 
 def test_the_state_spaces_layout_is_measured_as_well(pruned, tmp_path):
     out = pruned("--method", "structure_ts", "--prune_A", "--save_format", "state-spaces")
-    (costs,) = measure([out], **SHORT)
+    (costs,) = measure(subjects_of([out]), **SHORT)
     assert costs.file_bytes == (Path(out) / "pytorch_model.bin").stat().st_size
     assert costs.state_bytes == LAYERS * 4 * BATCH * D * (K + 3)
 
@@ -97,7 +98,7 @@ def test_the_state_spaces_layout_is_measured_as_well(pruned, tmp_path):
 def test_the_caches_of_hybrids_are_counted_by_kind(tmp_path, kind):
     model = random_model_of(kind)
     model.save_pretrained(tmp_path / kind)
-    (costs,) = measure([str(tmp_path / kind)], **SHORT)
+    (costs,) = measure(subjects_of([str(tmp_path / kind)]), **SHORT)
     layout, steps = Layout(model), SHORT["prompt"] + SHORT["tokens"]
     mixers = [mixer for layer in layout.layers if (mixer := layout.mixer(layer))]
     H_P_N = 32 * 6
@@ -115,7 +116,7 @@ def test_the_caches_of_hybrids_are_counted_by_kind(tmp_path, kind):
 @pytest.mark.parametrize("word", ["prompt", "tokens", "batch", "rounds"])
 def test_lengths_below_one_are_refused(tiny_checkpoint, word):
     with pytest.raises(InputError, match=f"--{word} must be at least 1"):
-        measure([str(tiny_checkpoint())], **SHORT | {word: 0})
+        measure(subjects_of([str(tiny_checkpoint())]), **SHORT | {word: 0})
 
 
 # --- the sentence --------------------------------------------------------------------------------------------------
@@ -166,16 +167,45 @@ def test_a_row_holds_medians():
     assert row["spread"] == "25%, 0%"  # of prefill: from 4 to 5, about 4
 
 
+ASKED = {"checkpoints": [], "compact": False, "shape": None, "layers": None, "dtype": "float32", "prompt": 6, "tokens": 2,
+         "batch": [1], "rounds": 1}  # fmt: skip
+
+
 # --- the script ----------------------------------------------------------------------------------------------------
 
 
 def test_the_script_prints_a_row_for_each_checkpoint_and_one_sentence(tiny_checkpoint, capsys):
     one, two = tiny_checkpoint("one"), tiny_checkpoint("two", num_hidden_layers=1)
-    bench(checkpoints=[str(one), str(two)], prompt=6, tokens=2, batch=2, rounds=1)
+    bench(**ASKED | {"checkpoints": [str(one), str(two)], "batch": [2]})
     _, lengths, header, _, *rows, sentence = capsys.readouterr().out.splitlines()
     assert lengths == "batch 2, prompts of 6 tokens, 2 decoded, medians of 1 rounds"
     assert [row.split()[0] for row in rows] == [str(one), str(two)] and header.startswith("checkpoint")
     assert re.search(r"state 0\.500x", sentence) and "of the parameters removed, gained" in sentence
+
+
+@pytest.mark.slow
+def test_the_script_compares_what_pruning_a_shape_buys(capsys):
+    bench(**ASKED | {"shape": "mamba2-130m", "layers": 1, "batch": [1, 2]})
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line.startswith(("dense", "half"))]
+    names = ["dense", "half of the states removed", "half of the heads removed", "half of the heads pruned",
+             "half of the heads pruned, compact"]  # fmt: skip
+    assert [row[0] for row in rows] == names * 2
+    whole = 24 * 64 * 128 * 4 / 2**10  # H P N numbers of four bytes
+    states = [f"{share * whole:.1f}" for share in (1, 0.5, 0.5, 1, 0.5)]
+    assert [[cell.strip() for cell in row if cell.strip()][6] for row in rows] == states * 2
+
+
+def test_a_checkpoint_with_pruned_heads_stands_there_once_more_without_their_states(tmp_path, demo_dir, capsys):
+    model = random_model_of("mamba2")
+    model.backbone.layers[0].mixer.A_log.data[:4] = 30.0
+    model.save_pretrained(tmp_path / "pruned")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_dir / name, tmp_path / "pruned")
+    bench(**ASKED | {"checkpoints": [str(tmp_path / "pruned")], "compact": True})
+    _, _, _, _, plain, compact, sentence = capsys.readouterr().out.splitlines()
+    assert f"{tmp_path / 'pruned'}, compact" in compact
+    assert " 1.5 " in plain and " 1.1 " in compact  # KiB: 16 and 12 heads of 4 x 6 numbers
+    assert "gained" in sentence and "a smaller state" in sentence
 
 
 @pytest.mark.slow
