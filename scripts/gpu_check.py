@@ -1,4 +1,4 @@
-"""Checks the scan for CUDA on this machine's GPU against the reference in float64, and times it.
+"""Checks the scans for CUDA, of Mamba-1 and of heads, on this machine's GPU against the references in float64; times them.
 
     bash scripts/gpu_check.sh
 
@@ -25,6 +25,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts import gpu_check_heads
+from scripts.gpu_check_heads import off
+from sparsessm.kernels.chunked_scan import chunked_scan
 from sparsessm.kernels.selective_scan import EFFECTS, ScanStatistics, selective_scan_ref
 
 NEEDS = ("h2", "abar", "hh", "gram")
@@ -56,13 +59,6 @@ def draw(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0, **changes
         "B": projected[..., 3 : 3 + N], "C": projected[..., 3 + N :], "D": normal(D), "z": both[..., D:],
         "delta_bias": normal(D) - 2, "delta_softplus": True, "h0": None, **changes,
     }  # fmt: skip
-
-
-def off(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the largest value; infinite where something is not a number."""
-    found, expected = found.double(), expected.double()
-    share = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-    return float(share.nan_to_num(torch.inf))
 
 
 def check(scan: Scan, device: str, shapes: list[Shape], report: Callable[[str], None] = print) -> int:
@@ -190,10 +186,12 @@ def main() -> int:
         print(f"error: the scan for CUDA needs triton ({error}): pip install triton", file=sys.stderr)
         return 2
     print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}, triton {triton.__version__}")
-    wrong = check(scan_by_triton, "cuda", SHAPES)
-    print(f"{wrong} of {len(SHAPES) * len(DTYPES)} checks failed" if wrong else "all checks passed")
+    wrong = check(scan_by_triton, "cuda", SHAPES) + gpu_check_heads.check(chunked_scan, "cuda", gpu_check_heads.SHAPES)
+    count = len(SHAPES) * len(DTYPES) + len(gpu_check_heads.SHAPES) * len(gpu_check_heads.DTYPES)
+    print(f"{wrong} of {count} checks failed" if wrong else "all checks passed")
     for dtype in (torch.bfloat16, torch.float32):
         time_all(dtype)
+        gpu_check_heads.time_all(dtype, median_ms)
     return 1 if wrong else 0
 
 

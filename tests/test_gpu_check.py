@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import gpu_check
+from scripts import gpu_check, gpu_check_heads
+from sparsessm.kernels.chunked_scan import chunked_scan, chunked_scan_ref
 from sparsessm.kernels.selective_scan import selective_scan_ref
 
 SMALL = [(1, 1, 1, 1), (2, 5, 3, 4)]
@@ -83,3 +84,27 @@ def test_least_bytes_are_those_of_the_tensors():
     # u, delta, z, y: 4 x 2*3*5; B, C: 2 x 2*3*7 of 2 bytes; A 35, D and bias 10, state 70 of 4 bytes
     assert gpu_check.least_bytes(2, 3, 5, 7, 2, ()) == 2 * (120 + 84) + 4 * 115
     assert gpu_check.least_bytes(2, 3, 5, 7, 2, ("h2", "gram")) == 2 * (120 + 84) + 4 * 115 + 16 * (105 + 245)
+
+
+SMALL_HEADS = [(1, 1, 1, 1, 1, 1), (2, 37, 4, 3, 5, 2)]
+
+
+@pytest.mark.parametrize("scan", [chunked_scan_ref, chunked_scan])
+def test_the_check_of_heads_passes_the_reference_and_what_the_cpu_computes(scan):
+    lines = []
+    assert gpu_check_heads.check(scan, "cpu", SMALL_HEADS, lines.append) == 0, lines
+    assert len(lines) == 4 and all("right, off by" in line for line in lines)
+
+
+@pytest.mark.parametrize("what, error", [("y", 1e-4), ("state", 1e-4), ("hh", 1e-4), ("ch2", 1e-4), ("abar", 1e-4)])
+def test_the_check_of_heads_finds_what_is_wrong(what, error):
+    def spoiled(*arguments, statistics=None, **values):
+        y, state = chunked_scan_ref(*arguments, **values, statistics=statistics)
+        total = None if statistics is None else getattr(statistics, what, None)
+        if total is not None:
+            total *= 1 + error
+        return y * (1 + error * (what == "y")), state * (1 + error * (what == "state"))
+
+    lines = []
+    assert gpu_check_heads.check(spoiled, "cpu", SMALL_HEADS[1:], lines.append) >= 1
+    assert f"wrong: {what}" in lines[0].replace(" of states", "").replace(" without sums", "")
