@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarking import alone, machine, median_ratio, peak_memory, random_heads, random_model, resident_memory
+from benchmarking import alone, machine, median_ratio, peak_memory, random_model, resident_memory
 from numpy.linalg import norm
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from sparsessm.report.tables import text_table
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mamba-130m": lambda: random_model("130m", 1, vocab=64),
-    "mamba2-130m": lambda: random_heads("mamba2-130m", 1, vocab=64),
+    "mamba2-130m": lambda: random_model("mamba2-130m", 1, vocab=64),
 }
 # Steps of a process, and the seconds after which it takes no more.
 STEPS, ENOUGH = 6, 10.0

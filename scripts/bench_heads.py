@@ -24,7 +24,7 @@ from benchmarking import (
     median_ratio,
     peak_memory,
     published_procedure,
-    random_heads,
+    random_model,
     resident_memory,
     stock_perplexity,
 )
@@ -85,7 +85,7 @@ def measure(side: str, seqlen: int, threads: int) -> dict[str, object]:
     torch.set_num_threads(threads)
     if side == "here":
         keep_freed()  # as the command does
-    model = random_heads("mamba2-130m", 1, vocab=1024)
+    model = random_model("mamba2-130m", 1, vocab=1024)
     windows = torch.randint(1024, (4, seqlen), generator=torch.Generator().manual_seed(1))
     prune(model, windows[:1, :64], PLANS["sparsessm (h2)"], 1)
     held, start = resident_memory(), time.perf_counter()
@@ -106,7 +106,7 @@ def bench(*, layers: int, batch: int, seqlen: int, threads: int, rounds: int) ->
         for side, runs in sides.items():
             runs.append(alone(measure, side, long, threads))
     keep_freed()  # as the command does; it helps both sides
-    model = random_heads("mamba2-130m", layers)
+    model = random_model("mamba2-130m", layers)
     windows = torch.randint(model.config.vocab_size, (batch, seqlen), generator=torch.Generator().manual_seed(1))
     found: dict[str, float] = {}
 

@@ -25,7 +25,7 @@ import transformers
 from torch import nn
 
 import sparsessm
-from scripts.benchmarking import HEADS, machine, random_heads
+from scripts.benchmarking import HEADS, machine, random_model
 from sparsessm.errors import InputError
 from sparsessm.metrics.speed import Subject, cells, measure, subjects_of, verdict
 from sparsessm.models.architecture import Layout
@@ -41,7 +41,7 @@ def compacted(subject: Subject) -> Subject:
 
 def of_shape(shape: str, layers: int | None, dtype: torch.dtype, device: torch.device) -> list[Subject]:
     """Random weights of a shape, dense and pruned in several ways, on a device."""
-    dense = random_heads(shape, layers).to(device, dtype)
+    dense = random_model(shape, layers).to(device, dtype)
     found = [Subject("dense", dense, 1.0)]
     for structure, what in (("columns", "states"), ("heads", "heads")):
         model = copy.deepcopy(dense)

@@ -20,7 +20,6 @@ import time
 
 import benchmarking
 import torch
-import torch.nn.functional as F
 from bench_scan import limits
 from benchmarking import (
     SHAPES,
@@ -30,36 +29,15 @@ from benchmarking import (
     matrix_products,
     median_ratio,
     peak_memory,
+    plain_mixer,
     projection_operations,
     prune_half,
     published_procedure,
     random_model,
 )
-from torch import Tensor, nn
 
 from sparsessm.layerwise.memory import keep_freed
 from sparsessm.report.tables import text_table
-
-
-def plain_mixer(mixer: nn.Module, x: Tensor, held: bool) -> tuple[Tensor, Tensor | None]:
-    """A mixer the plain way: (1,L,M) -> (1,L,M), and the squared states that enter each step, (L,D,N), where asked for."""
-    u, z = mixer.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (1,D,L)
-    L, K = x.shape[1], mixer.conv1d.weight.shape[-1]
-    u = F.silu(F.conv1d(u, mixer.conv1d.weight, mixer.conv1d.bias, padding=K - 1, groups=u.shape[1])[..., :L])
-    N, R = mixer.A_log.shape[1], mixer.dt_proj.weight.shape[1]
-    delta, B, C = mixer.x_proj(u.transpose(1, 2)).split([R, N, N], dim=-1)
-    dt = F.softplus(mixer.dt_proj(delta)).transpose(1, 2)  # (1,D,L)
-    A = -torch.exp(mixer.A_log)
-    abar = torch.exp(A[None, :, None, :] * dt[..., None]) * (A != -1)[None, :, None, :]  # (1,D,L,N)
-    inflow = dt[..., None] * B[:, None] * u[..., None]
-    h, ys, states = torch.zeros(1, u.shape[1], N), [], []
-    for t in range(L):
-        if held:
-            states.append(h)
-        h = abar[:, :, t] * h + inflow[:, :, t]
-        ys.append((h @ C[:, t, :, None]).squeeze(-1))
-    y = torch.stack(ys, dim=-1) + u * mixer.D[:, None]
-    return mixer.out_proj((y * F.silu(z)).transpose(1, 2)), torch.stack(states, dim=1)[0].square() if held else None
 
 
 def measure(side: str, shape: str, layers: int, nsamples: int, seqlen: int, threads: int) -> dict[str, object]:

@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig, PretrainedConfig, PreTrainedModel
 
 from sparsessm.kernels.matmul import linear
 from sparsessm.layerwise.stream import Stream
+from sparsessm.models import checkpoint
 from sparsessm.models.architecture import Layout
 from sparsessm.models.mamba1 import Mamba1Mixer
 from sparsessm.procedure.driver import Job, masks_of, run_pass
@@ -77,24 +78,29 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def random_model(shape: str, layers: int, *, vocab: int = 50280, seed: int = 0) -> MambaForCausalLM:
-    """A stock model of a published shape with random weights and this number of layers."""
-    d_model, _ = SHAPES[shape]
-    torch.manual_seed(seed)
-    config = MambaConfig(hidden_size=d_model, num_hidden_layers=layers, vocab_size=vocab, time_step_rank=-(-d_model // 16))
-    return MambaForCausalLM(config).eval().requires_grad_(False)
+def config_of(shape: str, layers: int | None = None, *, vocab: int) -> PretrainedConfig:
+    """The config of a published shape, of SHAPES or HEADS, with this number of layers or all."""
+    d_model, all_layers = (SHAPES | HEADS)[shape]
+    sizes = {"hidden_size": d_model, "num_hidden_layers": layers or all_layers, "vocab_size": vocab}
+    if shape in SHAPES:
+        return MambaConfig(**sizes, time_step_rank=-(-d_model // 16))
+    heads = {"num_heads": d_model * 2 // 64, "head_dim": 64, "state_size": 128, "n_groups": 1}
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    return Mamba2Config(**sizes, **heads, **tokens, tie_word_embeddings=True)
 
 
-def random_heads(shape: str, layers: int | None = None, *, vocab: int = 50288, seed: int = 0) -> Mamba2ForCausalLM:
-    """A stock model of a published shape of Mamba-2 with random weights and this number of layers, or all."""
+def random_model(shape: str, layers: int | None = None, *, vocab: int = 50288, seed: int = 0) -> PreTrainedModel:
+    """A stock model of a published shape with random weights and this number of layers, or all."""
     torch.manual_seed(seed)
-    d_model, all_layers = HEADS[shape]
-    config = Mamba2Config(
-        hidden_size=d_model, num_hidden_layers=layers or all_layers, vocab_size=vocab, num_heads=d_model * 2 // 64,
-        head_dim=64, state_size=128, n_groups=1,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
-    return Mamba2ForCausalLM(config).eval().requires_grad_(False)
+    return model_on(torch.device("cpu"), config_of(shape, layers, vocab=vocab), torch.float32)
+
+
+def model_on(device: torch.device, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A stock model with random weights, made on a device; A_log is float32."""
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    checkpoint.widen_A_log(model.eval().requires_grad_(False))
+    return model
 
 
 def prune_half(model: nn.Module, windows: Tensor, layers: int | None = None, **placement: Any) -> list[Tensor]:
@@ -113,6 +119,27 @@ def stock_perplexity(model: nn.Module, windows: Tensor) -> float:
     return math.exp(float(F.cross_entropy(logits.float(), windows[:, 1:].flatten())))
 
 
+def plain_mixer(mixer: nn.Module, x: Tensor, held: bool) -> tuple[Tensor, Tensor | None]:
+    """A mixer the plain way: (1,L,M) -> (1,L,M), and the squared states that enter each step, (L,D,N), where asked for."""
+    u, z = mixer.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (1,D,L)
+    L, K = x.shape[1], mixer.conv1d.weight.shape[-1]
+    u = F.silu(F.conv1d(u, mixer.conv1d.weight, mixer.conv1d.bias, padding=K - 1, groups=u.shape[1])[..., :L])
+    N, R = mixer.A_log.shape[1], mixer.dt_proj.weight.shape[1]
+    delta, B, C = mixer.x_proj(u.transpose(1, 2)).split([R, N, N], dim=-1)
+    dt = F.softplus(mixer.dt_proj(delta)).transpose(1, 2)  # (1,D,L)
+    A = -torch.exp(mixer.A_log)
+    abar = torch.exp(A[None, :, None, :] * dt[..., None]) * (A != -1)[None, :, None, :]  # (1,D,L,N)
+    inflow = dt[..., None] * B[:, None] * u[..., None]
+    h, ys, states = torch.zeros(1, u.shape[1], N, device=u.device), [], []
+    for t in range(L):
+        if held:
+            states.append(h)
+        h = abar[:, :, t] * h + inflow[:, :, t]
+        ys.append((h @ C[:, t, :, None]).squeeze(-1))
+    y = torch.stack(ys, dim=-1) + u * mixer.D[:, None]
+    return mixer.out_proj((y * F.silu(z)).transpose(1, 2)), torch.stack(states, dim=1)[0].square() if held else None
+
+
 PlainMixer = Callable[[nn.Module, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
@@ -129,11 +156,11 @@ def published_procedure(model: nn.Module, windows: Tensor, mixer: PlainMixer, pr
         for sample in hidden:
             h2 = h2 + mixer(layer.mixer, layer.norm(sample[None]), True)[1]
         A_log = layer.mixer.A_log
-        k, votes = A_log.numel() // 2, torch.zeros(A_log.numel())
+        k, votes = A_log.numel() // 2, torch.zeros(A_log.numel(), device=A_log.device)
         for t in range(1, windows.shape[1]):
             score = (A_log.square() * h2[t]).flatten()
             votes[torch.topk(score, k, largest=False).indices] += 1
-        mask = torch.zeros(A_log.numel(), dtype=torch.bool)
+        mask = torch.zeros(A_log.numel(), dtype=torch.bool, device=A_log.device)
         mask[torch.topk(votes, k).indices] = True
         masks.append(mask.view_as(A_log))
         A_log.data[masks[-1]] = pruned
