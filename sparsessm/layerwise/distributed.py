@@ -67,7 +67,8 @@ def start(device: torch.device) -> torch.device:
     waiting.daemon = True
     waiting.start()
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        # sums of figures are on the CPU also where layers compute on GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     except Exception as error:  # of sockets, stores and backends: they share no base class
         raise InputError(
             f"the {world} processes of this job did not meet at {meeting} ({first_line(error)}): start them all, or unset "
@@ -116,6 +117,15 @@ def all_sum(*sums: Tensor) -> None:
     if dist.is_initialized():
         for tensor in sums:
             dist.all_reduce(tensor)
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers of all processes."""
+    if not dist.is_initialized():
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def gather_text(text: str) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsessm.errors import InputError
 from sparsessm.layerwise import distributed
 from sparsessm.layerwise.memory import default_budget
 from sparsessm.layerwise.stream import STEPS_AT_ONCE
@@ -43,6 +44,9 @@ def fitted(
     """What the options say, and a place and numbers where they say auto; masks and perplexities do not depend on them.
 
     calibration, evaluation: how many windows there are, of the text with most.
+
+    Raises:
+        InputError: recovery would leave a process without windows.
     """
     L, width = chosen.seqlen, layout.model.get_input_embeddings().weight.shape[1]
     streams = 2 if plan.compensation or plan.recovery.kinds else 1
@@ -59,6 +63,11 @@ def fitted(
     if calib is None:
         calib = BATCH if bound else batch_for(device, calibration, window)
         notes.append(f"{calib} windows at once to calibrate")
+    if plan.recovery.kinds and -(-calibration // calib) < distributed.count():
+        raise InputError(
+            f"--recover needs a batch of windows for each of the {distributed.count()} processes, and there are "
+            f"{calibration} windows in batches of {calib}: give a smaller --calib_batch, or start fewer processes"
+        )
     if evaluate is None:
         evaluate = batch_for(device, evaluation, window)
         notes.append(f"{evaluate} windows at once to evaluate")

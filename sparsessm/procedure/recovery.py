@@ -110,14 +110,15 @@ class TuneBlocks(Change):
             return (out.float() - target[rows, :].to(stream.device).float()).square().sum() * scale
 
         training, apart = _divided(stream, plan.apart)
+        each = distributed.largest(len(training))  # of a pass, in all processes: one with fewer sees some twice
         with at_work(module, stream.device), wanting_gradients(module, lambda name: True):
-            tuner = Tuner(parameters, self.frozen, plan.block_rate, plan.passes * len(training))
+            tuner = Tuner(parameters, self.frozen, plan.block_rate, plan.passes * each)
             tuner.look(_mean(error, apart))
             for rows in _shuffled(training, tuner, plan.seed + layer.index):
                 with torch.enable_grad():
                     error(rows).backward()
                 tuner.step(_windows(rows))
-                if tuner.done % len(training) == 0:
+                if tuner.done % each == 0:
                     tuner.look(_mean(error, apart))
             tuner.finish()
         figures = {"before": tuner.losses[0], "after": min(tuner.losses)}

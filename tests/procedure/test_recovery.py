@@ -1,6 +1,7 @@
 """Recovery: nearer to the dense model, masks to the bit, the best values kept, interrupted and resumed."""
 
 import copy
+import json
 from contextlib import suppress
 
 import pytest
@@ -16,6 +17,7 @@ from sparsessm.procedure.prune import prune, reports
 from sparsessm.procedure.recovery import recover
 from sparsessm.runs.journal import Journal
 from tests.family import OTHERS, random_model_of
+from tests.processes import job as processes
 
 IDS = torch.randint(64, (16, 20), generator=torch.Generator().manual_seed(4))
 PLANS = {
@@ -136,6 +138,30 @@ def test_bfloat16_is_tuned_on_float32_copies(job):
     recover(job(model, IDS), job(dense, IDS), masks, plan)
     assert model.backbone.layers[0].mixer.in_proj.weight.dtype == torch.bfloat16
     assert divergence(model.float(), dense.float()) < before
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_an_odd_number_of_batches_tune_alike_and_stay_sparse(run_main, tmp_path, text_folder):
+    """One has two batches, the other one: they take the same steps, and both write what both learned."""
+    argv = ["demo", str(text_folder), "--method", "magnitude", "--prune_A", "--prune_layers", "--sparsity", "0.6",
+            "--seqlen", "64", "--nsamples", "6", "--calib_batch", "2", "--eval_windows", "8"]  # fmt: skip
+    plain = run_main([*argv, "--save", tmp_path / "plain"]).metrics["perplexity"][str(text_folder)]
+    how = ["--recover", "blocks", "model", "--recover_steps", "10", "--recover_passes", "2"]
+    processes(2, *argv, *how, "--base_dir", tmp_path / "runs", "--save", tmp_path / "tuned")
+    (folder,) = tmp_path.glob("runs/default/*")
+    assert json.loads((folder / "metrics.json").read_text())["perplexity"][str(text_folder)] < 0.8 * plain
+    masks, weights = (load_file(tmp_path / "tuned" / f"{file}.safetensors") for file in ("masks", "model"))
+    before = load_file(tmp_path / "plain" / "masks.safetensors")
+    assert all(mask.equal(before[name]) for name, mask in masks.items())
+    assert all((weights[key][mask] == (30.0 if key.endswith("A_log") else 0.0)).all() for key, mask in masks.items())
+
+
+@pytest.mark.slow
+def test_a_process_without_windows_to_learn_from_is_refused_before_anything_is_pruned(tmp_path, text_folder):
+    argv = ["demo", str(text_folder), "--method", "magnitude", "--prune_A", "--sparsity", "0.6", "--seqlen", "64",
+            "--nsamples", "6", "--recover", "model", "--eval_windows", "8", "--base_dir", tmp_path]  # fmt: skip
+    with pytest.raises(AssertionError, match="--recover needs a batch of windows for each of the 2 processes"):
+        processes(2, *argv)
 
 
 def test_the_command_tunes_what_it_saves(run_main, tiny_checkpoint, text_folder, tmp_path):
