@@ -26,14 +26,12 @@ import torch
 from torch import Tensor
 
 from sparsessm.kernels.backends import agrees, wants_gradient
-from sparsessm.kernels.selective_scan import SUM_DTYPE, ScanSums, decays, kernel_for
+from sparsessm.kernels.selective_scan import FORGOTTEN, SUM_DTYPE, ScanSums, decays, kernel_for
 
 # Time steps of a chunk: the products within a chunk grow with it, the states that are kept shrink.
 CHUNK = 32
 # Of mamba-ssm's kernels: the length that transformers configures for published checkpoints.
 THEIR_CHUNK = 256
-# Below this exponent all is forgotten in float32; sums of larger ones would leave their differences no digits.
-FORGOTTEN = -128
 
 
 @dataclass
@@ -126,7 +124,7 @@ def chunked_scan(
     if at_chunks is None and not (statistics is not None and statistics.tensors()):
         if wants_gradient(u, dt, A, B, C, D, h0):
             with_gradient = importlib.import_module("sparsessm.kernels.heads_gradient").scan_with_gradient
-            return with_gradient(u, dt, A, B, C, D, h0)
+            return with_gradient(chunked_scan, u, dt, A, B, C, D, h0)
         theirs = _serving(u, B, C)
         if theirs is not None:
             return scan_by_mamba_ssm(theirs, u, dt, A, B, C, D, h0)

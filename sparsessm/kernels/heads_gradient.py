@@ -12,6 +12,7 @@ at j < t, and S in S'. Each is summed as such: differences of longer sums would 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,30 +20,32 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsessm.kernels.chunked_scan import FORGOTTEN, chunked_scan
+from sparsessm.kernels.selective_scan import FORGOTTEN
 
 # Time steps whose states are computed again together, and those of a chunk.
 PIECE, CHUNK = 256, 64
 
 
 def scan_with_gradient(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`chunked_scan_ref` in float32 for tensors of which some want gradients; gradients of gradients are refused."""
-    return _Scan.apply(u, dt, A, B, C, D, h0)
+    scan: Callable[..., tuple[Tensor, Tensor]], u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    h0: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`scan`, which is `chunked_scan`, for tensors of which some want gradients; gradients of gradients are refused."""
+    return _Scan.apply(scan, u, dt, A, B, C, D, h0)
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, scan: Callable[..., tuple[Tensor, Tensor]], u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+        D: Tensor | None, h0: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         batch, steps, H, P = u.shape
         state = torch.zeros(batch, H, P, B.shape[3], device=u.device) if h0 is None else h0.float()
         y, states = torch.empty(u.shape, device=u.device), []
         for some in _pieces(steps):
             states.append(state)
-            y[:, some], state = chunked_scan(u[:, some], dt[:, some], A, B[:, some], C[:, some], D, state)
+            y[:, some], state = scan(u[:, some], dt[:, some], A, B[:, some], C[:, some], D, state)
         ctx.save_for_backward(u, dt, A, B, C, D, h0, torch.stack(states))
         return y, state
 
@@ -61,7 +64,7 @@ class _Scan(torch.autograd.Function):
                 gD += torch.linalg.vecdot(gy[:, some], u[:, some].float()).sum((0, 1))
                 of_u = of_u.addcmul_(gy[:, some], D.float()[:, None])
             gu[:, some] = of_u
-        return gu, gdt, gA, gB, gC, None if D is None else gD.to(D.dtype), None if h0 is None else glast.to(h0.dtype)
+        return None, gu, gdt, gA, gB, gC, None if D is None else gD.to(D.dtype), None if h0 is None else glast.to(h0.dtype)
 
 
 def _pieces(steps: int) -> list[slice]:

@@ -206,6 +206,10 @@ def _add_gram(gram: Tensor, lost: Tensor) -> None:
     gram += torch.einsum("bdi,bdj->dij", lost, lost)
 
 
+# Below this exponent all is forgotten in float32; sums of larger ones would leave their differences no digits.
+FORGOTTEN = -128
+
+
 def decays(A: Tensor, delta: Tensor, bias: Tensor | None = None, softplus: bool = False) -> bool:
     """Whether no state can grow; False where a number is undefined."""
     if not bool((A <= 0).all()):
