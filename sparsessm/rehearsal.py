@@ -77,6 +77,8 @@ def rehearse(chosen: Options, source: checkpoint.Source, first: int, stop: int, 
         f"model: {chosen.model}, {plural(len(layout.layers), 'layer')}, {bytes_text(size)} in {str(dtype)[6:]}",
         f"text: {plural(len(calibration), 'window')} of {chosen.seqlen} tokens to calibrate, {told} to evaluate",
     ]
+    if fit.told:
+        lines.append(fit.told)
     if chosen.save:
         lines.append(f"saved: about {bytes_text(size)} in {chosen.save}")
     if plan.removal is not None or layout.row.without_layer is None:
@@ -86,8 +88,6 @@ def rehearse(chosen: Options, source: checkpoint.Source, first: int, stop: int, 
         trial, missing = _trial(chosen, fit, layout, plan, device, dtype)
         width = layout.model.get_input_embeddings().weight.shape[1]
         lines += _expected(trial, missing, size, width, calibration, list(windows.values()))
-    if fit.told:
-        lines.append(fit.told)
     if plan.recovery.kinds:
         lines.append("recovery: not part of this; it keeps the dense model beside the pruned one")
     return "\n".join(lines)

@@ -62,7 +62,7 @@ def fitted(
         notes.append(f"block inputs wait {_WHERE[offload if device.type != 'cpu' or offload == 'disk' else 'cpu']}")
     if calib is None:
         calib = BATCH if bound else batch_for(device, calibration, window)
-        notes.append(f"{calib} windows at once to calibrate")
+        notes += [f"{calib} windows at once to calibrate"] if calibration else []
     if plan.recovery.kinds and -(-calibration // calib) < distributed.count():
         raise InputError(
             f"--recover needs a batch of windows for each of the {distributed.count()} processes, and there are "
@@ -70,7 +70,7 @@ def fitted(
         )
     if evaluate is None:
         evaluate = batch_for(device, evaluation, window)
-        notes.append(f"{evaluate} windows at once to evaluate")
+        notes += [f"{evaluate} windows at once to evaluate"] if evaluation else []
     return Fit(offload, calib, evaluate, "; ".join(notes))
 
 

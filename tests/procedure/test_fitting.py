@@ -30,6 +30,7 @@ def test_the_options_win_and_the_line_says_only_what_was_left_open(tiny_model):
     chosen = fit(tiny_model(), eval_batch=5)
     assert (chosen.offload, chosen.calib_batch, chosen.eval_batch) == ("device", 8, 5)
     assert chosen.told == "block inputs wait in main memory; 8 windows at once to calibrate"
+    assert fit(tiny_model(), calibration=0).told == "block inputs wait in main memory; 8 windows at once to evaluate"
 
 
 def test_streams_that_do_not_fit_in_memory_wait_on_disk(tiny_model):
