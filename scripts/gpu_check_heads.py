@@ -55,14 +55,14 @@ def check(scan: Scan, device: str, shapes: list[tuple[int, ...]], report: Callab
         errors: dict[str, float] = {}
         for by_state in (False, True):
             needs = NEEDS[:-2] + NEEDS[-1:] if by_state else NEEDS
-            exact, found, half = (HeadStatistics.zeros(needs, L, H, N, device, by_state=by_state) for _ in range(3))
+            exact, found, again = (HeadStatistics.zeros(needs, L, H, N, device, by_state=by_state) for _ in range(3))
             expected = chunked_scan_ref(**wide, statistics=exact)
             y, state = scan(**values, statistics=found)
             errors |= {"y": off(y, expected[0]), "state": off(state, expected[1])}
             kind = " of states" if by_state else ""
             errors |= {f"{name}{kind}": off(getattr(found, name), getattr(exact, name)) for name in needs}
-            scan(**values, statistics=half)
-            if not all(torch.equal(a, b) for a, b in zip(found.tensors(), half.tensors(), strict=True)):
+            scan(**values, statistics=again)
+            if not all(torch.equal(a, b) for a, b in zip(found.tensors(), again.tensors(), strict=True)):
                 errors["bits, the second time"] = float("inf")
         plain, last = scan(**values)
         errors |= {"y without sums": off(plain, expected[0]), "state without sums": off(last, expected[1])}

@@ -96,8 +96,8 @@ def test_the_check_of_heads_passes_the_reference_and_what_the_cpu_computes(scan)
     assert len(lines) == 4 and all("right, off by" in line for line in lines)
 
 
-@pytest.mark.parametrize("what, error", [("y", 1e-4), ("state", 1e-4), ("hh", 1e-4), ("ch2", 1e-4), ("abar", 1e-4)])
-def test_the_check_of_heads_finds_what_is_wrong(what, error):
+@pytest.mark.parametrize("what", ["y", "state", "hh", "ch2", "abar"])
+def test_the_check_of_heads_finds_what_is_wrong(what, error=1e-4):
     def spoiled(*arguments, statistics=None, **values):
         y, state = chunked_scan_ref(*arguments, **values, statistics=statistics)
         total = None if statistics is None else getattr(statistics, what, None)
