@@ -16,7 +16,7 @@ from sparsessm.procedure.plan import Plan
 from sparsessm.pruning.methods import MEASURED
 
 # Windows that a block processes together, and how many at most where a GPU has room for more.
-BATCH, _MOST = 8, 64
+_BATCH, _MOST = 8, 64
 # Numbers of four bytes that a block holds at once, at most, for each token and each channel of the stream.
 _NUMBERS = 64
 # The share of a GPU that they may take.
@@ -59,9 +59,10 @@ def fitted(
     notes = []
     if offload == "auto":
         offload = place_for(device, size)
-        notes.append(f"block inputs wait {_WHERE[offload if device.type != 'cpu' or offload == 'disk' else 'cpu']}")
+        on_cpu = device.type == "cpu" and offload == "device"
+        notes.append(f"block inputs wait {_WHERE['cpu' if on_cpu else offload]}")
     if calib is None:
-        calib = BATCH if bound else batch_for(device, calibration, window)
+        calib = _BATCH if bound else batch_for(device, calibration, window)
         notes += [f"{calib} windows at once to calibrate"] if calibration else []
     if plan.recovery.kinds and -(-calibration // calib) < distributed.count():
         raise InputError(
@@ -88,7 +89,7 @@ def batch_for(device: torch.device, windows: int, size: int) -> int:
     say the same.
     """
     if device.type != "cuda":
-        return BATCH
+        return _BATCH
     each = -(-windows // distributed.count())
     room = int(_SHARE * torch.cuda.get_device_properties(device).total_memory) // size
     return 1 << (max(1, min(_MOST, each, room)).bit_length() - 1)
