@@ -82,8 +82,8 @@ def _flag(about: str, *, names: Sequence[str] = ()) -> Any:
 
 # Flags that replace the part of a method that has the same name.
 OVERRIDES = (
-    "saliency", "structure", "search", "aggregate", "weights", "importance", "polish", "module_order", "compensate",
-    "allocation",
+    "saliency", "structure", "search", "aggregate", "weights", "importance", "percdamp", "polish", "module_order",
+    "compensate", "allocation",
 )  # fmt: skip
 
 
@@ -192,7 +192,9 @@ class Options:
     )
     raw_zeros: bool = _flag("save 0 for pruned entries of A_log whatever was evaluated, as the released code does")
     blocksize: int = _option(128, "columns per block of OBS", type=int)
-    percdamp: float = _option(0.01, "damping of the Hessian, as a share of its mean diagonal", type=float)
+    percdamp: float | None = _option(
+        None, "damping of the Hessian, as a share of its mean diagonal (default: 0.01; sparsessm_obs: 0.1)", type=float
+    )
     conv_hessian: str = _option(
         "tap", "Hessian of conv1d: tap, one per channel; channel, the released one", choices=CONV_HESSIANS
     )

@@ -51,9 +51,18 @@ def test_booleans_take_no_word_or_true_or_false(argv, wanted):
 
 def test_released_defaults():
     chosen = parse(PRUNE)
-    found = (chosen.nsamples, chosen.seqlen, chosen.seed, chosen.percdamp, chosen.blocksize, chosen.alpha)
+    found = (chosen.nsamples, chosen.seqlen, chosen.seed, chosen.recipe.percdamp, chosen.blocksize, chosen.alpha)
     assert found == (128, 2048, 0, 0.01, 128, 0.0)
     assert (chosen.minlayer, chosen.maxlayer, chosen.target_modules) == (-1, 1000, ("nn.Linear", "nn.Conv1d"))
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "wanted"),
+    [("sparsegpt", [], 0.01), ("sparsessm_obs", [], 0.1), ("sparsessm_obs", ["--percdamp", "0.01"], 0.01)],
+)
+def test_the_damping_is_the_methods_unless_it_is_given(method, given, wanted):
+    found = plan([*BASE, "--method", method, "--prune_A", "--prune_layers", "--sparsity", "0.5", *given])
+    assert (found.transitions.percdamp, found.weights.percdamp) == (wanted, wanted)
 
 
 def test_the_readmes_spellings():

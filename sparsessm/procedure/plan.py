@@ -183,14 +183,14 @@ def plan_of(options: Options, modules: tuple[str, ...]) -> Plan:
             pattern=Columns(options.share, recipe.structure) if removes else pattern,
             saliency=recipe.saliency, aggregate=recipe.aggregate or "vote", search=recipe.search,
             parameter=parameter.get(recipe.aggregate or ""), obs=recipe.obs_on_A_log, transition=options.pruned_transition,
-            percdamp=options.percdamp, blocksize=options.blocksize,
+            percdamp=recipe.percdamp, blocksize=options.blocksize,
         )  # fmt: skip
     if options.prune_layers:
         assert recipe.weights is not None  # options without a rule are refused
         weights = WeightPlan(
             pattern=pattern, rule=recipe.weights, modules=modules,
             alpha=options.alpha if recipe.allocation == "sensitivity" else 0.0, conv_hessian=options.conv_hessian,
-            percdamp=options.percdamp, blocksize=options.blocksize, refine_steps=recipe.polish,
+            percdamp=recipe.percdamp, blocksize=options.blocksize, refine_steps=recipe.polish,
         )  # fmt: skip
     compensation = CompensationPlan(recipe.compensate == "out_proj", recipe.module_order == "sequential", options.ridge)
     return Plan(transitions, weights, compensation, recipe.allocation, recipe.importance, options.seed, recovery=recovery)

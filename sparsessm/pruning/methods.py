@@ -43,6 +43,8 @@ class Method:
         importance: of IMPORTANCES, what errors at the outputs of modules count for (procedure.importance): none, all the
             same; rows, each row by its Fisher information; tokens, that and each token in the Hessian.
         search: of SEARCHES, for a saliency of interacting entries.
+        percdamp: damping of the Hessians of OBS and OBC, as a share of their mean diagonal. Of few windows, or of tokens
+            that count unlike, they are uncertain, and weights that follow them closely fit those windows (docs/BEYOND.md).
         polish: iterations of refinement after OBS. module_order, compensate: see procedure.plan.CompensationPlan.
         allocation: "uniform", "sensitivity" (spread by alpha), "output" (by measured errors), "loss" (one budget for the
             cheapest steps of all rows of all modules).
@@ -60,6 +62,7 @@ class Method:
     search: str = "independent"
     weights: str | None = None
     importance: str = "none"
+    percdamp: float = 0.01
     polish: int = 0
     module_order: str = "parallel"
     compensate: str = "none"
@@ -94,8 +97,8 @@ METHODS = {
     "wanda": Method("abs(W) times the norm of its input, per output row", weights="wanda"),
     "sparsessm_obs": Method(
         "what the model's loss loses, in one budget; the rest compensates: OBC module by module, out_proj refitted",
-        "output", "sum", search="greedy", weights="obc", importance="tokens", polish=20, module_order="sequential",
-        compensate="out_proj", allocation="loss", spares_conv=True,
+        "output", "sum", search="greedy", weights="obc", importance="tokens", percdamp=0.1, polish=20,
+        module_order="sequential", compensate="out_proj", allocation="loss", spares_conv=True,
     ),
     "mamba-shedder": Method("whole SSM branches or blocks, greedily by calibration perplexity", removes_parts=True),
 }  # fmt: skip
