@@ -38,21 +38,14 @@ def reproduce(
         for cell in cells:
             print(_described(cell, base_dir))
         return 0
-    failures, stopped = {}, None
-    try:
-        failures = grid.fill(cells, base_dir, workers=workers, devices=devices, group=name)
-    except grid.Stopped as signal:
-        stopped = signal
-    filled = paper.fill_in(table, lines, base_dir, failures)
-    files = paper_output.write(filled, out or base_dir / "tables", base_dir)
-    print(paper_output.text(filled))
-    print("tables:", *files, sep="\n  ")
-    for cell, reason in failures.items():
-        print(f"failed: {cell.label}: {reason}", file=sys.stderr)
-    if stopped:
-        print(f"stopped by {stopped}; the same command continues", file=sys.stderr)
-        return stopped.exit_code
-    return 1 if failures else 0
+
+    def tell(failures: dict[grid.Cell, str]) -> None:
+        filled = paper.fill_in(table, lines, base_dir, failures)
+        files = paper_output.write(filled, out or base_dir / "tables", base_dir)
+        print(paper_output.text(filled))
+        print("tables:", *files, sep="\n  ")
+
+    return grid.fill_and_tell(cells, base_dir, tell, workers=workers, devices=devices, group=name)
 
 
 def _described(cell: grid.Cell, base_dir: Path) -> str:

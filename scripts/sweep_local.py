@@ -15,8 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparsessm.errors import InputError, ending_in_one_line, storing
-from sparsessm.files import write_text
+from sparsessm.errors import InputError, ending_in_one_line
 from sparsessm.runs import grid, sweeps
 
 
@@ -27,31 +26,17 @@ def sweep_local(
     if index is not None and not 0 <= index < len(sweep.cells):
         raise InputError(f"--index {index} is not a run of {sweep.name}: it has 0 to {len(sweep.cells) - 1}")
     cells = sweep.cells if index is None else [sweep.cells[index]]
-    failures, stopped = {}, None
-    try:
-        failures = grid.fill(cells, base_dir, workers=workers, devices=devices, group=sweep.name)
-    except grid.Stopped as signal:
-        stopped = signal
-    if index is None:
+    folder = out or base_dir / "sweeps"
+
+    def tell(failures: dict[grid.Cell, str]) -> None:
+        if index is not None:
+            return
         found = sweeps.results(sweep, base_dir, failures)
-        out = out or base_dir / "sweeps"
-        contents = {
-            out / f"{sweep.name}.md": sweeps.markdown(sweep, found, base_dir, failures),
-            out / f"{sweep.name}.csv": sweeps.comma_separated(sweep, found),
-            out / f"{sweep.name}.tex": sweeps.latex(sweep, found),
-        }
-        with storing(f"--out {out}", "name another folder"):
-            out.mkdir(parents=True, exist_ok=True)
-            for file, content in contents.items():
-                write_text(file, content)
+        files = sweeps.write(sweep, found, folder, base_dir, failures)
         print(sweeps.text(sweep, found))
-        print(f"results: {', '.join(map(str, contents))}")
-    for cell, reason in failures.items():
-        print(f"failed: {cell.label}: {reason}", file=sys.stderr)
-    if stopped:
-        print(f"stopped by {stopped}; the same command continues", file=sys.stderr)
-        return stopped.exit_code
-    return 1 if failures else 0
+        print(f"results: {', '.join(map(str, files))}")
+
+    return grid.fill_and_tell(cells, base_dir, tell, workers=workers, devices=devices, group=sweep.name)
 
 
 @ending_in_one_line

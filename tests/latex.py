@@ -27,8 +27,8 @@ def _compile(text: str) -> None:
 def rows_of(text: str) -> list[list[str]]:
     """The cells of each row of each tabular.
 
-    Fails where it does not compile, environments do not nest, braces do not match, a row has another number of cells than the preamble has
-    columns, or a character that means something to LaTeX stands unescaped.
+    Fails where it does not compile, environments do not nest, braces do not match, a row has another number of cells than
+    the preamble has columns, or a character that means something to LaTeX stands unescaped.
     """
     if shutil.which("pdflatex"):
         _compile(text)

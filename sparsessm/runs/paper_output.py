@@ -10,8 +10,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsessm.errors import storing
-from sparsessm.files import write_text
 from sparsessm.report import tables
 from sparsessm.report.tables import NOTHING, Figure, signed
 from sparsessm.report.wording import slug
@@ -23,18 +21,11 @@ _FAILED = "failed"
 
 def write(filled: Filled, folder: Path, base_dir: Path) -> list[Path]:
     """Writes NAME.md, .csv, .tex and .json into a folder; each appears whole or not at all."""
-    name = filled.table.name
     contents = {
-        f"{name}.md": markdown(filled, folder),
-        f"{name}.csv": comma_separated(filled),
-        f"{name}.tex": latex(filled),
-        f"{name}.json": json.dumps(trace(filled, base_dir), indent=2) + "\n",
-    }
-    with storing(str(folder), "name another folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in contents.items():
-            write_text(folder / file, content)
-    return [folder / file for file in contents]
+        "md": markdown(filled, folder), "csv": comma_separated(filled), "tex": latex(filled),
+        "json": json.dumps(trace(filled, base_dir), indent=2) + "\n",
+    }  # fmt: skip
+    return tables.write(folder, filled.table.name, contents)
 
 
 def text(filled: Filled) -> str:
@@ -90,11 +81,7 @@ def latex(filled: Filled) -> str:
     labels = len(_names(filled))
     for what, columns in _sections(filled):
         figures = [line.figures[column] for line in filled.lines for column in columns if column in line.figures]
-        caption = f"{filled.table.title}. {what}; in bold the best of the pruned models."
-        if any(figure.over_dense is not None for figure in figures):
-            caption += " In parentheses the difference to the dense model."
-        if any(figure.deviation is not None for figure in figures):
-            caption += " Mean ± standard deviation over seeds."
+        caption = f"{filled.table.title}. {what}; in bold the best of the pruned models." + tables.in_cells(figures)
         compared = ["published", "ours", "difference"] * len(columns)
         table = tables.latex_table(
             [*_names(filled), *(compared if filled.compares else columns)],

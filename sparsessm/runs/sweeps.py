@@ -120,6 +120,14 @@ def results(sweep: Sweep, base_dir: Path, failures: Mapping[Cell, str]) -> list[
     return found
 
 
+def write(
+    sweep: Sweep, found: Sequence[Result], folder: Path, base_dir: Path, failures: Mapping[Cell, str]
+) -> list[Path]:
+    """Writes NAME.md, .csv and .tex into a folder; each appears whole or not at all."""
+    contents = {"md": markdown(sweep, found, base_dir, failures), "csv": comma_separated(sweep, found)}
+    return tables.write(folder, sweep.name, contents | {"tex": latex(sweep, found)})
+
+
 def comma_separated(sweep: Sweep, found: Sequence[Result]) -> str:
     """The results unrounded: for each data set the mean, the deviation over seeds, and the difference to the dense model."""
     sets = _sets(found)
@@ -164,10 +172,7 @@ def latex(sweep: Sweep, found: Sequence[Result]) -> str:
         best |= {(i, labels + j) for i, mean in enumerate(means) if finite and mean == min(finite)}
     head, rows = _shown(sweep, found)
     caption = f"Perplexity over {' and '.join(sweep.varied) or 'one point'}; in bold the best."
-    if any(figure.over_dense is not None for one in found for figure in one.perplexities.values()):
-        caption += " In parentheses the difference to the dense model."
-    if any(len(point.cells) > 1 for point in sweep.points):
-        caption += " Mean ± standard deviation over seeds."
+    caption += tables.in_cells(figure for one in found for figure in one.perplexities.values())
     return tables.latex_table(
         head[: labels + len(sets)], [row[: labels + len(sets)] for row in rows], caption=caption,
         label=slug(f"sweep {sweep.name}"), labels=labels, best=best, comments=[list(map(str, one.runs)) for one in found],
