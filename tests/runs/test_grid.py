@@ -166,6 +166,13 @@ def test_a_run_of_before_a_flag_existed_counts_if_the_flag_is_at_its_default(tmp
     assert finished(cell, tmp_path) and not finished(other, tmp_path)
 
 
+@pytest.mark.parametrize(("method", "damping", "counts"), [("sparsessm", 0.01, True), ("sparsessm_obs", 0.01, False)])
+def test_a_run_that_recorded_a_methods_own_value_counts_while_it_is_that(tmp_path, method, damping, counts):
+    cell = Cell("", (*DENSE, "--method", method, "--prune_layers", "--sparsity", "0.5"))
+    run = leave(tmp_path, cell, "before", record(cell, percdamp=damping), {})
+    assert grid.finished(cell, tmp_path) == (run if counts else None)
+
+
 def test_the_newest_run_that_can_go_on_is_taken(tmp_path):
     cell = Cell("", PRUNED)
     for age, name in ((300, "c"), (100, "a"), (200, "b")):
