@@ -25,9 +25,8 @@ import sparsessm
 from sparsessm.report.tables import text_table
 
 BOTH = ("nn.Linear", "nn.Conv1d")
-FORMER: dict[str, Any] = {
-    "weights": "obs", "importance": "none", "allocation": "output", "percdamp": 0.01, "target_modules": BOTH
-}  # fmt: skip
+LIGHT: dict[str, Any] = {"percdamp": 0.01, "target_modules": BOTH}
+FORMER = {"weights": "obs", "importance": "none", "allocation": "output", **LIGHT}
 # By name: the method, its flags, and how many calibration windows; a value of None leaves the method's own.
 ROWS: dict[str, tuple[str, dict[str, Any], int]] = {
     "magnitude": ("magnitude", {}, 32),
@@ -37,8 +36,8 @@ ROWS: dict[str, tuple[str, dict[str, Any], int]] = {
     "exact": ("sparsessm_obs", {**FORMER, "weights": "obc"}, 32),
     "fisher": ("sparsessm_obs", {**FORMER, "importance": "rows"}, 32),
     "exact, fisher": ("sparsessm_obs", {**FORMER, "weights": "obc", "importance": "rows"}, 32),
-    "exact, fisher, budget": ("sparsessm_obs", {"importance": "rows", "percdamp": 0.01, "target_modules": BOTH}, 32),
-    "+ tokens": ("sparsessm_obs", {"percdamp": 0.01, "target_modules": BOTH}, 32),
+    "exact, fisher, budget": ("sparsessm_obs", {"importance": "rows", **LIGHT}, 32),
+    "+ tokens": ("sparsessm_obs", LIGHT, 32),
     "sparsessm_obs": ("sparsessm_obs", {}, 32),
     "sparsessm_obs, 128": ("sparsessm_obs", {}, 128),
     "+ blocks": ("sparsessm_obs", {"recover": ("blocks",)}, 128),

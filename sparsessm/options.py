@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -296,3 +296,12 @@ class Options:
 
 # Of the options, as JSON gives them back.
 DEFAULTS = {s.name: list(s.default) if isinstance(s.default, tuple) else s.default for s in dataclasses.fields(Options)}
+
+
+def without_own(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of options in which a part that the method has by itself is null, as where its flag was not given.
+
+    Older versions recorded the damping that all methods had.
+    """
+    own = METHODS.get(str(record["method"]), Method)
+    return {name: None if name in OVERRIDES and value == getattr(own, name) else value for name, value in record.items()}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsessm.commandline import words_of
 from sparsessm.errors import InputError, first_line
-from sparsessm.options import DEFAULTS, PLACES
+from sparsessm.options import DEFAULTS, PLACES, without_own
 from sparsessm.pruning.methods import METHODS, TIME_PARAMETERS, WHOLE
 from sparsessm.pruning.saliency import SALIENCIES
 from sparsessm.report.tables import with_infinite
@@ -43,8 +43,9 @@ class Record:
 
     Attributes:
         folder: of the run. name: the same below the folder that was searched, with forward slashes.
-        options, metrics: the files' contents. counts: of sparsity.json, (pruned, total) by parameter.
-        events: of events.jsonl, in order. layers_with_masks: layer -> parameter in masks.safetensors.
+        options, metrics: the files' contents, of the options without what the method has by itself.
+        counts: of sparsity.json, (pruned, total) by parameter. events: of events.jsonl, in order.
+        layers_with_masks: layer -> parameter in masks.safetensors.
     """
 
     folder: Path
@@ -245,7 +246,7 @@ def read_run(folder: Path, name: str | None = None) -> Record:
         if not isinstance(metrics[key], dict):
             raise InputError(f"metrics.json: {key} should hold values by name")
     return Record(
-        folder=folder, name=name or "/".join(folder.absolute().parts[-2:]), options=options, metrics=metrics,
+        folder=folder, name=name or "/".join(folder.absolute().parts[-2:]), options=without_own(options), metrics=metrics,
         counts=_read_counts(folder / "sparsity.json"), events=_read_events(folder / "events.jsonl"),
         layers_with_masks=_read_mask_names(folder / MASKS),
     )  # fmt: skip

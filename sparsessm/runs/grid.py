@@ -32,8 +32,7 @@ from sparsessm import files
 from sparsessm.commandline import Parser, parse
 from sparsessm.corpora.names import DATASETS, with_full_path
 from sparsessm.errors import UNUSABLE, InputError, Interrupted, ending_by_signals
-from sparsessm.options import DEFAULTS, OVERRIDES, PLACES, Options
-from sparsessm.pruning.methods import METHODS
+from sparsessm.options import DEFAULTS, PLACES, Options, without_own
 from sparsessm.runs.progress import Progress
 
 COMMAND = (sys.executable, "-P", "-m", "sparsessm")  # -P: not a folder of that name where the job was started
@@ -310,10 +309,7 @@ def _runs(cell: Cell, base_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """All but the places; null is the method's own value, which older versions may have recorded as a number."""
-    own = METHODS.get(str(record["method"]))
-    filled = {key: getattr(own, key, None) for key in OVERRIDES if record[key] is None}
-    return {key: filled.get(key, value) for key, value in record.items() if key not in PLACES}
+    return {key: value for key, value in without_own(record).items() if key not in PLACES}
 
 
 def _last_words(console: Path) -> str:

@@ -79,6 +79,15 @@ def test_runs_that_differ_are_other_curves_and_seeds_are_averaged(tmp_path, writ
     assert lines["sparsessm, nsamples 8"].style != lines["sparsessm, nsamples 64"].style
 
 
+def test_a_value_that_a_method_has_by_itself_makes_no_other_curve(tmp_path, write_run):
+    for method in ("sparsegpt", "sparsessm_obs", None):
+        for damping in (0.01, None):
+            write_run(tmp_path / f"{method} {damping}", method=method, prune_layers=True, sparsity=0.5, percdamp=damping)
+    records = read_runs(tmp_path).finished
+    found = {looks.Looks(records).label(record) for record in records}
+    assert found == {"dense", "sparsegpt", "sparsessm_obs", "sparsessm_obs, percdamp 0.01"}
+
+
 def test_removed_layers_are_named_and_not_drawn(tmp_path, write_run):
     folder = write_run(tmp_path / "run", method="mamba-shedder", prune_A=True, sparsity=0.5)
     names = [f"backbone.layers.{i}.mixer.A_log" for i in (1, 4)]

@@ -166,10 +166,17 @@ def test_a_run_of_before_a_flag_existed_counts_if_the_flag_is_at_its_default(tmp
     assert finished(cell, tmp_path) and not finished(other, tmp_path)
 
 
-@pytest.mark.parametrize(("method", "damping", "counts"), [("sparsessm", 0.01, True), ("sparsessm_obs", 0.01, False)])
-def test_a_run_that_recorded_a_methods_own_value_counts_while_it_is_that(tmp_path, method, damping, counts):
-    cell = Cell("", (*DENSE, "--method", method, "--prune_layers", "--sparsity", "0.5"))
-    run = leave(tmp_path, cell, "before", record(cell, percdamp=damping), {})
+WEIGHTS = ("--prune_layers", "--sparsity", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("words", "counts"),
+    [((), True), (("--method", "sparsessm", *WEIGHTS), True), (("--method", "sparsessm_obs", *WEIGHTS), False)],
+    ids=["dense", "sparsessm", "sparsessm_obs"],
+)
+def test_a_run_that_recorded_a_methods_own_value_counts_while_it_is_that(tmp_path, words, counts):
+    cell = Cell("", (*DENSE, *words))
+    run = leave(tmp_path, cell, "before", record(cell, percdamp=0.01), {})
     assert grid.finished(cell, tmp_path) == (run if counts else None)
 
 
