@@ -19,33 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sparsessm.errors import ending_in_one_line
-from sparsessm.runs import grid, paper, paper_output
+from sparsessm.runs import grid, paper
+from sparsessm.runs.experiment_output import carry_out
 
-
-def reproduce(
-    name: str, changes: paper.Changes, *, base_dir: Path, out: Path | None, workers: int, devices: Sequence[str] | None,
-    dry_run: bool,
-) -> int:  # fmt: skip
-    """Returns the exit code, or raises InputError.
-
-    Args:
-        out: folder for the tables (default: BASE_DIR/tables). dry_run: print the commands of what is to be done instead.
-    """
-    table = paper.load(name)
-    lines = paper.entries(table, changes)
-    cells = [cell for line in lines for cell in line.cells]
-    if dry_run:
-        for cell in cells:
-            print(_described(cell, base_dir))
-        return 0
-
-    def tell(failures: dict[grid.Cell, str]) -> None:
-        filled = paper.fill_in(table, lines, base_dir, failures)
-        files = paper_output.write(filled, out or base_dir / "tables", base_dir)
-        print(paper_output.text(filled))
-        print("tables:", *files, sep="\n  ")
-
-    return grid.fill_and_tell(cells, base_dir, tell, workers=workers, devices=devices, group=name)
+_PASSED = ("seqlen", "nsamples", "eval_windows")
 
 
 def _described(cell: grid.Cell, base_dir: Path) -> str:
@@ -67,20 +44,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dataset", nargs="+", help="text for calibration, and for evaluation without --ppl_datasets")
     parser.add_argument("--ppl_datasets", nargs="+", help="texts for evaluation")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="rows to keep, by name or method")
-    passed = ("seqlen", "nsamples", "eval_windows")
-    for name in passed:
+    for name in _PASSED:
         parser.add_argument(f"--{name}", type=int, help="as of main.py")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
     known, further = parser.parse_known_args(argv)
-    flags = {name: value for name in passed if (value := getattr(known, name)) is not None}
-    changes = paper.Changes(
-        models=known.models, dataset=known.dataset, ppl_datasets=known.ppl_datasets, only=known.only,
-        seeds=known.seeds, flags=flags, argv=further,
+    experiment = paper.experiment(
+        paper.load(known.table), models=known.models, dataset=known.dataset, ppl_datasets=known.ppl_datasets,
+        only=known.only, seeds=known.seeds, argv=further,
+        flags={name: value for name in _PASSED if (value := getattr(known, name)) is not None},
     )  # fmt: skip
-    return reproduce(
-        known.table, changes, base_dir=known.base_dir, out=known.out, workers=known.workers, devices=known.devices,
-        dry_run=known.dry_run,
-    )  # fmt: skip
+    if known.dry_run:
+        print(*(_described(cell, known.base_dir) for cell in experiment.cells), sep="\n")
+        return 0
+    return carry_out(experiment, known, "tables")
 
 
 if __name__ == "__main__":

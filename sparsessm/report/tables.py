@@ -10,11 +10,8 @@ import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sparsessm.errors import storing
-from sparsessm.files import write_text
 from sparsessm.options import Options
 from sparsessm.report.wording import figure_text, short_names
 
@@ -104,16 +101,6 @@ def row(chosen: Options, metrics: Mapping[str, Any]) -> dict[str, str]:
     return cells
 
 
-def write(folder: Path, name: str, contents: Mapping[str, str]) -> list[Path]:
-    """Writes texts as NAME.SUFFIX, by suffix, into a folder; each appears whole or not at all."""
-    files = {folder / f"{name}.{suffix}": content for suffix, content in contents.items()}
-    with storing(f"--out {folder}", "name another folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            write_text(file, content)
-    return list(files)
-
-
 def in_cells(figures: Iterable[Figure]) -> str:
     """What stands in the cells beside the means of these figures, for a caption."""
     figures = list(figures)
@@ -121,7 +108,7 @@ def in_cells(figures: Iterable[Figure]) -> str:
     if any(figure.over_dense is not None for figure in figures):
         words += " In parentheses the difference to the dense model."
     if any(figure.deviation is not None for figure in figures):
-        words += " Mean ± standard deviation over seeds."
+        words += " Mean ± standard deviation of the sample over seeds."
     return words
 
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -156,25 +156,6 @@ def fill(
         devices = device_names(torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     variables = [environment(worker, workers, devices, group) for worker in range(workers)]
     return _Job(Path(base_dir), variables).run(list(cells))
-
-
-def fill_and_tell(
-    cells: Iterable[Cell], base_dir: Path, tell: Callable[[dict[Cell, str]], None], **how: Any
-) -> int:
-    """A script's whole job: `fill`, tell(failures) whatever came of it, the reasons of failures; returns the exit code."""
-    failures: dict[Cell, str] = {}
-    stopped = None
-    try:
-        failures = fill(cells, base_dir, **how)
-    except Stopped as signal:
-        stopped = signal
-    tell(failures)
-    for cell, reason in failures.items():
-        print(f"failed: {cell.label}: {reason}", file=sys.stderr)
-    if stopped:
-        print(f"stopped by {stopped}; the same command continues", file=sys.stderr)
-        return stopped.exit_code
-    return 1 if failures else 0
 
 
 def environment(worker: int, workers: int, devices: Sequence[str], group: str | None) -> dict[str, str]:

@@ -7,23 +7,21 @@ table in metrics/paper_tables.json, where a row is found by model and name, or b
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sparsessm.commandline import words_of
-from sparsessm.corpora.names import DATASETS
 from sparsessm.errors import InputError
 from sparsessm.metrics.published import SEQLEN, TABLES
-from sparsessm.metrics.tasks import TASKS
 from sparsessm.options import DEFAULTS
-from sparsessm.report.tables import Figure, with_infinite
 from sparsessm.report.wording import short_names
-from sparsessm.runs.grid import Cell, finished, resolved_dataset, resolved_model
+from sparsessm.runs.experiment import Experiment, Line, repeated
+from sparsessm.runs.grid import resolved_dataset, resolved_model
 
 FOLDER = Path(__file__).resolve().parent / "tables"
 MODELS = {size: f"state-spaces/mamba-{size}-hf" for size in ("130m", "370m", "790m", "1.4b", "2.8b")}
@@ -65,7 +63,7 @@ class Table:
         if self.published is None or self.published_model not in (None, model):
             return {}
         first, second = self.published_rows.get(row, (model, row))
-        return _published()["tables"][self.published]["rows"].get(first, {}).get(second, {})
+        return json.loads(TABLES.read_text())["tables"][self.published]["rows"].get(first, {}).get(second, {})
 
 
 def names() -> list[str]:
@@ -93,83 +91,57 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
     return {model: name if bare.count(name) == 1 else whole[model] for model, name in zip(models, bare, strict=True)}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A line of a table: a model, a row, the flags that vary, and the runs that fill it, one a seed."""
+def experiment(
+    table: Table,
+    *,
+    models: Sequence[str] | None = None,
+    dataset: Sequence[str] | None = None,
+    ppl_datasets: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    flags: Mapping[str, Any] = MappingProxyType({}),
+    argv: Sequence[str] = (),
+) -> Experiment:
+    """The runs of a table, with the changes of a caller.
 
-    model: str
-    name: str
-    varied: Mapping[str, str]
-    prunes: bool
-    cells: tuple[Cell, ...]
-
-    @property
-    def row(self) -> str:
-        """The name with the flags that vary."""
-        return ", ".join([self.name, *(f"{flag} {value}" for flag, value in self.varied.items())])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """Changes of a caller to the table.
-
-    Attributes:
+    Args:
         models, dataset, ppl_datasets: instead of the table's; without ppl_datasets, dataset is evaluated as well.
         only: rows to keep, by name or method. seeds: repeat every run that prunes with each.
         flags: values of single options. argv: further arguments for main.py, as they are.
-    """
-
-    models: Sequence[str] | None = None
-    dataset: Sequence[str] | None = None
-    ppl_datasets: Sequence[str] | None = None
-    only: Sequence[str] | None = None
-    seeds: Sequence[int] | None = None
-    flags: Mapping[str, Any] = field(default_factory=dict)
-    argv: Sequence[str] = ()
-
-
-def entries(table: Table, changes: Changes) -> list[Entry]:
-    """The lines of a table, in order.
 
     Raises:
         InputError: for changes that the table has no place for, or that main.py refuses on every line.
     """
-    for word in changes.argv:
+    for word in argv:
         if word.split("=")[0] in ("--save", "--base_dir", "--experiment_name", "--resume"):
             raise InputError(f"{word} would send all runs of the table to one place: leave it out")
     vary = {flag: list(values) for flag, values in table.vary.items()}
-    for flag, value in changes.flags.items():
+    for flag, value in flags.items():
         if flag in vary:
             raise InputError(f"{table.name} varies --{flag} itself: leave --{flag} {value} out")
-    calibration = [resolved_dataset(name) for name in changes.dataset or [table.dataset]]
+    calibration = [resolved_dataset(name) for name in dataset or [table.dataset]]
     if "dataset" in vary:
-        vary["dataset"] = calibration if changes.dataset else vary["dataset"]
+        vary["dataset"] = calibration if dataset else vary["dataset"]
     elif len(calibration) > 1:
         raise InputError(f"{table.name} is calibrated on one text: give --dataset one name")
-    evaluation = changes.ppl_datasets or changes.dataset or table.ppl_datasets
-    shared = {"dataset": calibration[0], "ppl_datasets": [resolved_dataset(name) for name in evaluation]}
+    evaluation = [resolved_dataset(name) for name in ppl_datasets or dataset or table.ppl_datasets]
+    shared = {"dataset": calibration[0], "ppl_datasets": evaluation}
 
-    found = []
-    models = model_names([resolved_model(MODELS.get(model, model)) for model in changes.models or table.models])
-    for model in models:
-        for name, varied, flags in _rows(table, vary, changes.only):
-            if prunes := "method" in flags:
-                flags = {**shared, **table.flags, **flags, **changes.flags}
-                seeds: Sequence[int | None] = list(dict.fromkeys(changes.seeds or [])) or [None]
+    lines = []
+    for model, shown in model_names([resolved_model(MODELS.get(model, model)) for model in models or table.models]).items():
+        for row, varied, own in _rows(table, vary, only):
+            prunes = "method" in own
+            if prunes:
+                own = {**shared, **table.flags, **own, **flags}
             else:
-                flags = shared | flags | {key: value for key, value in changes.flags.items() if key in _EVALUATION}
-                seeds = [None]  # nothing is drawn: a seed would change nothing
-            entry = Entry(model, name, varied, prunes, ())
-            cells = []
-            for seed in seeds:
-                argv = _argv(model, flags | ({} if seed is None else {"seed": seed})) + list(changes.argv)
-                label = f"{models[model]}, {entry.row}" + ("" if seed is None else f", seed {seed}")
-                cells.append(Cell(label, tuple(argv)))
-            found.append(dataclasses.replace(entry, cells=tuple(cells)))
-    refusals = [cell.refusal for entry in found for cell in entry.cells]
-    if all(refusals):
-        raise InputError(refusals[0])
-    return found
+                own = shared | own | {flag: value for flag, value in flags.items() if flag in _EVALUATION}
+            name = ", ".join([row, *(f"{flag} {value}" for flag, value in varied.items())])
+            words = [*_argv(model, own), *argv]
+            cells = repeated(f"{shown}, {name}", words, seeds if prunes else None)  # a seed changes no dense run
+            published = table.published_figures(bare_name(model), name)
+            names = {"model": shown, "row": row} | varied
+            lines.append(Line(names=names, cells=cells, model=model, prunes=prunes, published=published))
+    return Experiment(table.name, table.title, table.source, lines, _remarks(table, lines))
 
 
 def _rows(
@@ -198,110 +170,17 @@ def _argv(model: str, flags: Mapping[str, Any]) -> list[str]:
     return [model, flags["dataset"], *words_of({name: flags[name] for name in names})]
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of a table with its figures by column, the run folders that they come from, and its failures."""
-
-    entry: Entry
-    model: str
-    figures: dict[str, Figure]
-    runs: tuple[Path, ...]
-    failures: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Filled:
-    """A table with what has been measured of it.
-
-    Attributes:
-        perplexities, accuracies: columns, by their keys in Line.figures; accuracies are percentages.
-        remarks: lines to print below it.
-    """
-
-    table: Table
-    perplexities: list[str]
-    accuracies: list[str]
-    lines: list[Line]
-    remarks: list[str]
-
-    @property
-    def compares(self) -> bool:
-        """Whether there is a published figure in any of the columns."""
-        figures = [line.figures.get(column) for line in self.lines for column in self.perplexities + self.accuracies]
-        return any(figure is not None and figure.published is not None for figure in figures)
-
-
-def fill_in(table: Table, lines: Sequence[Entry], base_dir: Path, failures: Mapping[Cell, str]) -> Filled:
-    """The table with the figures in the run folders under base_dir.
-
-    Args:
-        failures: of `grid.fill`; other cells without a finished run are still to be done.
-    """
-    able = [cell.options for entry in lines for cell in entry.cells if not cell.refusal]
-    texts = short_names(name for one in able for name in one.evaluation_sets)
-    models = model_names([entry.model for entry in lines])
-    filled = [_line(table, entry, models[entry.model], texts, base_dir, failures) for entry in lines]
-    dense = {line.entry.model: line.figures for line in filled if not line.entry.prunes}
-    filled = [_with_dense(line, dense.get(line.entry.model, {})) if line.entry.prunes else line for line in filled]
-    others = dict.fromkeys(column for line in filled for column in line.figures)
-    accuracies = [column for column in others if column not in (*texts.values(), *DATASETS)]
-    return Filled(table, list(dict.fromkeys(texts.values())), accuracies, filled, _remarks(table, filled))
-
-
-def _line(
-    table: Table, entry: Entry, model: str, texts: Mapping[str, str], base_dir: Path, failures: Mapping[Cell, str]
-) -> Line:
-    values: dict[str, list[float]] = {}
-    folders = []
-    for cell in entry.cells:
-        folder = None if cell.refusal else finished(cell, base_dir)
-        if folder is None:
-            continue
-        folders.append(folder)
-        metrics = json.loads((folder / "metrics.json").read_text())
-        perplexities = {texts[name]: value for name, value in with_infinite(metrics["perplexity"]).items()}
-        for column, value in (perplexities | _accuracies(metrics["zero_shot"])).items():
-            values.setdefault(column, []).append(value)
-    published = table.published_figures(bare_name(entry.model), entry.row)
-    figures = {name: Figure(tuple(values.get(name, ())), published.get(name)) for name in {**published, **values}}
-    wrong = tuple(f"{cell.label}: {failures[cell]}" for cell in entry.cells if cell in failures)
-    return Line(entry, model, figures, tuple(folders), wrong)
-
-
-def _with_dense(line: Line, dense: Mapping[str, Figure]) -> Line:
-    """The line, each figure beside that of the dense model."""
-    base = {column: figure.mean for column, figure in dense.items()}
-    figures = {name: dataclasses.replace(figure, dense=base.get(name)) for name, figure in line.figures.items()}
-    return dataclasses.replace(line, figures=figures)
-
-
-def _accuracies(zero_shot: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """metrics.json's zero-shot accuracies, as the published columns are called and in percent.
-
-    The published average is one over five tasks: a mean over others keeps its own column.
-    """
-    mean = "average" if zero_shot.keys() - {"mean"} == set(TASKS) else "mean"
-    return {mean if task == "mean" else task: 100 * figure["value"] for task, figure in zero_shot.items()}
-
-
 def _remarks(table: Table, lines: Sequence[Line]) -> list[str]:
     """What the reader of the figures should know."""
     remarks: list[str] = []
-    chosen = [cell.options for line in lines for cell in line.entry.cells if not cell.refusal]
-    if any(figure.published is not None for line in lines for figure in line.figures.values()):
+    if any(line.published for line in lines):
         remarks += table.notes
-        unlike = [f"windows of {one.seqlen} tokens, not {SEQLEN}" for one in chosen if one.seqlen != SEQLEN]
-        unlike += ["the first windows of the text only" for one in chosen if one.eval_windows is not None]
-        for one in chosen:
+        unlike = []
+        for one in [cell.options for line in lines for cell in line.cells if not cell.refusal]:
+            unlike += [f"windows of {one.seqlen} tokens, not {SEQLEN}"] if one.seqlen != SEQLEN else []
+            unlike += ["the first windows of the text only"] if one.eval_windows is not None else []
             if one.method and (one.nsamples, Path(one.dataset).name) != (table.flags["nsamples"], table.dataset):
                 unlike.append(f"calibrated on {one.nsamples} windows of {Path(one.dataset).name}")
         if unlike:
             remarks.append(f"Ours is not measured as the published figures were ({'; '.join(dict.fromkeys(unlike))}).")
-    seeds = max((len(line.entry.cells) for line in lines), default=1)
-    if seeds > 1:
-        remarks.append(f"Mean ± standard deviation of the sample over {seeds} seeds; the dense model has none.")
     return remarks
-
-
-def _published() -> dict[str, Any]:
-    return json.loads(TABLES.read_text())

@@ -18,7 +18,6 @@ from sparsessm import commandline
 from sparsessm.errors import InputError
 from sparsessm.options import PLACES
 from sparsessm.runs import paper
-from sparsessm.runs.paper import Changes, entries
 from tests.finished_runs import leave_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,16 +25,25 @@ PUBLISHED = json.loads((ROOT / "sparsessm" / "metrics" / "paper_tables.json").re
 SMALL = ["--seqlen", "64", "--nsamples", "4", "--eval_windows", "2"]
 
 
+def lines_of(name, **changes):
+    return paper.experiment(paper.load(name), **changes).lines
+
+
+def row_of(line):
+    """A line's row with what varies, as it stands in a label."""
+    varied = list(line.names.items())[2:]
+    return ", ".join([line.names["row"], *(f"{flag} {value}" for flag, value in varied)])
+
+
 def cells_of(name, **changes):
     """Options of a table's runs by row, for one model."""
-    lines = entries(paper.load(name), Changes(**changes))
-    return {line.row: line.cells[0].options for line in lines}
+    return {row_of(line): line.cells[0].options for line in lines_of(name, **changes)}
 
 
 @pytest.mark.parametrize("name", paper.names())
 def test_every_cell_of_every_table_is_a_command_that_main_takes(name):
     table = paper.load(name)
-    lines = entries(table, Changes(models=[*paper.MODELS, "demo"]))
+    lines = lines_of(name, models=[*paper.MODELS, "demo"])
     assert len(lines) % (len(paper.MODELS) + 1) == 0 and {line.model for line in lines} == {*paper.MODELS.values(), "demo"}
     for line in lines:
         (cell,) = line.cells
@@ -55,8 +63,8 @@ def test_the_published_tables_ask_for_what_was_published():
     assert (whole["sparsessm"].prune_A, whole["sparsessm"].prune_layers, whole["sparsessm"].alpha) == (True, True, 0.04)
     assert (ssm["mamba-shedder"].shed_target, whole["mamba-shedder"].shed_target) == ("ssm", "mamba_block")
     assert later["sparsessm_dev"].method == "sparsessm_dev" and "sparsessm" not in later
-    heads = [line for line in entries(paper.load("ssm_50_v2"), Changes()) if line.model == "state-spaces/mamba2-780m"]
-    assert [line.row for line in heads] == ["dense", "magnitude", "mamba-shedder", "sparsegpt", "sparsessm_dev"]
+    heads = [line for line in lines_of("ssm_50_v2") if line.model == "state-spaces/mamba2-780m"]
+    assert [line.names["row"] for line in heads] == ["dense", "magnitude", "mamba-shedder", "sparsegpt", "sparsessm_dev"]
     found = paper.load("ssm_50_v2").published_figures("mamba2-780m", "sparsessm_dev")
     assert (found["wikitext2"], found["ptb"], found["average"]) == (12.7, 19.2, 50.36)
     structured = cells_of("structured_370m")
@@ -85,11 +93,9 @@ def test_the_grids_cover_what_they_say():
 def test_every_published_figure_has_its_place():
     placed = {}
     for name in paper.names():
-        table = paper.load(name)
-        for line in entries(table, Changes()):
-            figures = table.published_figures(paper.bare_name(line.model), line.row)
-            for column, value in figures.items():
-                placed.setdefault(table.published, []).append((value, column))
+        for line in lines_of(name):
+            for column, value in line.published.items():
+                placed.setdefault(paper.load(name).published, []).append((value, column))
     for name, published in PUBLISHED.items():
         expected = [(value, column) for rows in published["rows"].values() for figures in rows.values()
                     for column, value in figures.items()]  # fmt: skip
@@ -125,7 +131,7 @@ def test_changes_reach_the_runs(text_folder, tmp_path):
 
 
 def test_seeds_repeat_the_runs_that_prune():
-    lines = {line.row: line.cells for line in entries(paper.load("ssm_50"), Changes(models=["demo"], seeds=[0, 1, 2, 0]))}
+    lines = {row_of(line): line.cells for line in lines_of("ssm_50", models=["demo"], seeds=[0, 1, 2, 0])}
     assert [cell.options.seed for cell in lines["sparsessm"]] == [0, 1, 2] and len(lines["dense"]) == 1
     assert len({cell.name for cell in lines["sparsessm"]}) == 3
 
@@ -144,11 +150,11 @@ def test_seeds_repeat_the_runs_that_prune():
 )
 def test_mistakes_are_named(table, changes, message):
     with pytest.raises(InputError, match=message):
-        entries(paper.load(table), Changes(**changes))
+        lines_of(table, **changes)
 
 
 def test_dry_run_lists_what_is_to_do_and_runs_nothing(tmp_path, capsys):
-    lines = entries(paper.load("ssm_50"), Changes(models=["demo"]))
+    lines = lines_of("ssm_50", models=["demo"])
     done = leave_run(tmp_path, lines[0].cells[0], {"wikitext2": 1.0})
     broken_off = leave_run(tmp_path, lines[1].cells[0], {})
     recorded = {**lines[1].cells[0].settings, **dict.fromkeys(PLACES)}
@@ -221,7 +227,7 @@ def test_a_grid_is_filled_killed_gone_on_with_and_left_alone_when_done(tmp_path,
     assert done.items() <= snapshot(base).items()
     assert len(list(base.glob("demo-sparsessm-*/*/"))) == 1  # the killed run went on
     with (out / "ssm_50.csv").open() as stream:
-        rows = {(row["model"], row["row"]): row for row in csv.DictReader(stream)}
+        rows = {(row["model"], row["row"]): row for row in csv.DictReader(stream) if row["column"] == text_folder.name}
     for method in ("dense", "sparsessm"):
         (run,) = base.glob(f"demo-{method}-*/*/metrics.json")
         metrics = json.loads(run.read_text())
@@ -249,4 +255,6 @@ def test_sigterm_ends_the_running_child_and_the_table_says_what_is_there(tmp_pat
     assert not list(base.glob("*/*/metrics.json"))
     assert not list(base.glob("demo-magnitude-*"))
     with (base / "tables" / "ssm_50.csv").open() as stream:
-        assert [row["ours"] for row in csv.DictReader(stream)] == ["", ""]
+        assert [(row["row"], row["column"], row["ours"]) for row in csv.DictReader(stream)] == [
+            (row, text_folder.name, "") for row in ("dense", "magnitude")
+        ]

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,10 @@ import yaml
 from scripts import sweep_local
 from sparsessm import commandline
 from sparsessm.errors import InputError
-from sparsessm.runs import sweeps
+from sparsessm.runs import experiment_output, sweeps
+from sparsessm.runs.experiment import fill_in
+from sparsessm.runs.grid import Cell
+from tests.finished_runs import leave_run
 from tests.latex import rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,17 +30,6 @@ def sweep_file(folder, text):
     file = folder / "mine.yaml"
     file.write_text(text)
     return file
-
-
-def leave_run(base, cell, dataset, perplexity, dense=None):
-    """What a finished run of a cell leaves, as far as the results read it."""
-    run = base / cell.name / "20260101-000000"
-    run.mkdir(parents=True)
-    (run / "options.json").write_text(json.dumps(cell.settings))
-    metrics = {"perplexity": {dataset: perplexity}, "dense_perplexity": {dataset: dense} if dense else {},
-               "sparsity": {"ssm": 0.5, "layers": 0.0}, "seconds": {"load": 1.25, "prune": 2.5, "eval": 0.25}}  # fmt: skip
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    return run
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -57,9 +50,11 @@ def test_wandbs_agent_and_the_local_runner_start_the_same_runs(file):
     """The agent's own functions write the words of each point; main.py must read the same from them as from ours."""
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     config, sweep = yaml.safe_load(file.read_text()), sweeps.load(file)
-    for point in sweep.points:
-        (cell,) = point.cells
-        words = utils.create_sweep_command_args({"args": {name: {"value": value} for name, value in point.values.items()}})
+    parameters = {name: said.get("values", [said.get("value")]) for name, said in config["parameters"].items()}
+    for values, line in zip(itertools.product(*parameters.values()), sweep.lines, strict=True):
+        (cell,) = line.cells
+        given = {name: {"value": value} for name, value in zip(parameters, values, strict=True)}
+        words = utils.create_sweep_command_args({"args": given})
         words |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [config["program"]]}
         command = []
         for chunk in utils.create_sweep_command(copy.copy(config["command"])):
@@ -67,7 +62,7 @@ def test_wandbs_agent_and_the_local_runner_start_the_same_runs(file):
         assert command[:3] == ["/usr/bin/env", "python", "main.py"]
         by_agent, _ = commandline.parse(command[3:])
         assert by_agent.log_wandb and not cell.options.log_wandb
-        assert sweeps.Cell("", tuple(command[3:])).settings == cell.settings
+        assert Cell("", tuple(command[3:])).settings == cell.settings
 
 
 @pytest.mark.parametrize(
@@ -78,11 +73,11 @@ def test_wandbs_agent_and_the_local_runner_start_the_same_runs(file):
 )  # fmt: skip
 def test_sweeps_expand_to_their_points(name, count, varied, first, last):
     sweep = sweeps.load(ROOT / "scripts" / "sweeps" / f"{name}.yaml")
-    assert (sweep.varied, len(sweep.points), len({cell.name for cell in sweep.cells})) == (varied, count, count)
+    assert (len(sweep.lines), len({cell.name for cell in sweep.cells})) == (count, count)
     for index, values in ((0, first), (-1, last)):
-        point = sweep.points[index]
-        assert tuple(point.values[key] for key in varied) == values
-        assert tuple(getattr(point.cells[0].options, key) for key in varied) == values
+        line = sweep.lines[index]
+        assert line.names == dict(zip(varied, map(str, values), strict=True))
+        assert tuple(getattr(line.cells[0].options, key) for key in varied) == values
     chosen = sweep.cells[1].options
     assert (chosen.model, chosen.dataset, chosen.nsamples) == ("state-spaces/mamba-130m-hf", "wikitext2", 64)
     assert (chosen.prune_A, chosen.prune_layers) == ((False, True) if name == "alpha" else (True, False))
@@ -93,7 +88,7 @@ def test_changes_replace_parameters_and_add_others(tmp_path, text_folder):
     file = ROOT / "scripts" / "sweeps" / "aggregation.yaml"
     changes = ["model_path=demo", f"dataset={text_folder}", "seqlen=128", "aggregate=[vote, sum]", "raw_zeros=true"]
     sweep = sweeps.load(file, changes)
-    assert len(sweep.points) == 4
+    assert len(sweep.lines) == 4
     chosen = sweep.cells[0].options
     assert (chosen.model, chosen.dataset, chosen.seqlen, chosen.raw_zeros) == ("demo", str(text_folder), 128, True)
     assert sweep.cells[3].label == "saliency transition, aggregate sum"
@@ -105,7 +100,7 @@ def test_the_words_of_the_command_reach_the_runs(tmp_path):
                parameters: {model_path: {value: demo}, dataset: {value: demo}}}"""
     sweep = sweeps.load(sweep_file(tmp_path, text))
     assert sweep.cells[0].argv == ("--dtype", "float32", "--model_path=demo", "--dataset=demo")
-    assert (sweep.name, sweep.cells[0].label, sweep.varied) == ("mine", "mine", ())
+    assert (sweep.name, sweep.cells[0].label, sweep.lines[0].names) == ("mine", "mine", {"sweep": "mine"})
 
 
 @pytest.mark.parametrize(
@@ -133,41 +128,47 @@ def test_mistakes_in_a_sweep_are_named(tmp_path, text, changes, message):
 def test_results_have_a_row_for_each_point(tmp_path):
     file = ROOT / "scripts" / "sweeps" / "aggregation.yaml"
     sweep = sweeps.load(file, ["model_path=demo", "dataset=demo", "aggregate=[vote, sum]"])
-    done = leave_run(tmp_path, sweep.cells[0], "demo", 123.456)
+    done = leave_run(tmp_path, sweep.cells[0], {"demo": 123.456}, {"piqa": {"value": 0.25}, "mean": {"value": 0.25}})
     failures = {sweep.cells[1]: "error: no memory (exit code 1; log)"}
-    found = sweeps.results(sweep, tmp_path, failures)
-    lines = list(csv.reader(sweeps.comma_separated(sweep, found).splitlines()))
-    assert lines[0] == ["saliency", "aggregate", "perplexity demo", "ssm", "layers", "seconds", "state", "run"]
-    assert lines[1] == ["a_log", "vote", "123.456", "0.5", "0.0", "4.0", "done", str(done)]
-    assert lines[2] == ["a_log", "sum", "", "", "", "", "failed", ""]
-    assert [line[6] for line in lines[1:]] == ["done", "failed", "to do", "to do"]
-    page = sweeps.markdown(sweep, found, tmp_path, failures)
-    assert f"| a_log | vote | 123.46 | 0.50 | 0.00 | 4.00 | done | {done.relative_to(tmp_path)} |" in page
-    assert "| transition | sum | – | – | – | – | to do | – |" in page
+    filled = fill_in(sweep, tmp_path, failures)
+    lines = list(csv.DictReader(experiment_output.comma_separated(filled).splitlines()))
+    columns = ["demo", "piqa", "mean", "A_log %", "weights %", "seconds"]
+    assert [line["column"] for line in lines] == 4 * columns
+    assert [line["ours"] for line in lines[:6]] == ["123.456", "25.0", "25.0", "50.0", "0.0", "4.0"]
+    assert {(line["saliency"], line["aggregate"], line["state"], line["runs"]) for line in lines} == {
+        ("a_log", "vote", "done", str(done)), ("a_log", "sum", "failed", ""), ("transition", "vote", "to do", ""),
+        ("transition", "sum", "to do", ""),
+    }  # fmt: skip
+    page = experiment_output.markdown(filled, tmp_path)
+    assert "| a_log | vote | 123.46 | [1] |" in page and "| a_log | vote | 50.00 | 0.00 | 4.00 | [1] |" in page
+    assert f"1. `{done.relative_to(tmp_path)}`" in page and "| transition | sum | – | – | – | – |" in page
     assert "- saliency a_log, aggregate sum: error: no memory (exit code 1; log)" in page
-    assert "a_log       sum        –                –     –       –        failed" in sweeps.text(sweep, found).splitlines()
+    shown = experiment_output.text(filled).splitlines()
+    assert "a_log       sum        failed" in shown and "transition  sum        –        –          –" in shown
 
 
 def test_seeds_repeat_every_run_and_make_mean_and_deviation(tmp_path):
     file = ROOT / "scripts" / "sweeps" / "aggregation.yaml"
     sweep = sweeps.load(file, ["model_path=demo", "dataset=demo", "aggregate=[vote, sum]"], [3, 4, 5, 3])
-    assert (len(sweep.points), len(sweep.cells)) == (4, 12)
-    assert [cell.options.seed for cell in sweep.points[1].cells] == [3, 4, 5]
+    assert (len(sweep.lines), len(sweep.cells)) == (4, 12)
+    assert [cell.options.seed for cell in sweep.lines[1].cells] == [3, 4, 5]
     assert sweep.cells[2].label == "saliency a_log, aggregate vote, seed 5"
-    runs = [leave_run(tmp_path, cell, "demo", value, dense=25.5)
+    runs = [leave_run(tmp_path, cell, {"demo": value}, dense={"demo": 25.5})
             for cell, value in zip(sweep.cells, (27.0, 28.0, 30.0, None), strict=False)]  # fmt: skip
-    found = sweeps.results(sweep, tmp_path, {})
-    assert [one.state for one in found] == ["done", "to do", "to do", "to do"]
-    rows = list(csv.DictReader(sweeps.comma_separated(sweep, found).splitlines()))
-    assert float(rows[0]["perplexity demo"]) == pytest.approx(85 / 3)
-    assert float(rows[0]["perplexity demo standard_deviation"]) == pytest.approx((7 / 3) ** 0.5)
-    assert float(rows[0]["perplexity demo difference_to_dense"]) == pytest.approx(85 / 3 - 25.5)
-    assert rows[0]["run"] == ";".join(map(str, runs[:3]))
-    assert (rows[1]["perplexity demo"], rows[1]["perplexity demo standard_deviation"]) == ("inf", "")
-    tex = sweeps.latex(sweep, found)
-    assert rows_of(tex)[0] == ["saliency", "aggregate", "perplexity demo"]
+    filled = fill_in(sweep, tmp_path, {})
+    assert [row.state for row in filled.rows] == ["done", "to do", "to do", "to do"]
+    rows = [one for one in csv.DictReader(experiment_output.comma_separated(filled).splitlines()) if one["column"] == "demo"]
+    assert float(rows[0]["ours"]) == pytest.approx(85 / 3)
+    assert float(rows[0]["standard_deviation"]) == pytest.approx((7 / 3) ** 0.5)
+    assert float(rows[0]["difference_to_dense"]) == pytest.approx(85 / 3 - 25.5)
+    assert rows[0]["runs"] == ";".join(map(str, runs[:3]))
+    assert (rows[1]["ours"], rows[1]["standard_deviation"], rows[1]["difference_to_dense"]) == ("inf", "", "inf")
+    tex = experiment_output.latex(filled)
+    assert rows_of(tex)[0] == ["saliency", "aggregate", "demo"]
     assert r"a\_log & vote & \textbf{28.33 $\pm$ 1.53 (+2.83)} \\" in tex and r"a\_log & sum & inf (+inf) \\" in tex
-    assert r"\label{tab:sweep-aggregation}" in tex and tex.count(r"\midrule") == 2  # below the head, and between saliencies
+    assert r"\caption{Sweep over saliency and aggregate. Perplexity; in bold the best of the pruned models." in tex
+    assert r"\label{tab:aggregation-perplexity}" in tex
+    assert tex.count(r"\midrule") == 2  # below the head, and between saliencies
     with pytest.raises(InputError, match="seed is a parameter already"):
         sweeps.load(file, ["seed=[0, 1]"], [0, 1])
 
@@ -181,10 +182,10 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
     sweep = sweeps.load(file, changes)
     assert [cell.label for cell in sweep.cells] == ["dataset a/news", "dataset b/news"]
     for cell, folder in zip(sweep.cells, texts, strict=True):
-        leave_run(tmp_path, cell, str(folder), 2.0)
-    lines = sweeps.text(sweep, sweeps.results(sweep, tmp_path, {})).splitlines()
-    assert lines[0].startswith("dataset  perplexity a/news  perplexity b/news  ssm")
-    assert [line.split()[:3] for line in lines[2:]] == [["a/news", "2.00", "–"], ["b/news", "–", "2.00"]]
+        leave_run(tmp_path, cell, {str(folder): 2.0})
+    lines = experiment_output.text(fill_in(sweep, tmp_path, {})).splitlines()
+    assert lines[1].split() == ["dataset", "a/news", "b/news"]
+    assert [line.split() for line in lines[3:5]] == [["a/news", "2.00", "–"], ["b/news", "–", "2.00"]]
 
 
 def test_the_command_counts_and_names_mistakes(capsys, tmp_path):
@@ -227,9 +228,9 @@ def test_a_sweep_runs_in_parallel_and_its_points_are_there_for_the_array(tmp_pat
     with (tmp_path / "out" / "aggregation.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     for row in rows:
-        metrics = json.loads((Path(row["run"]) / "metrics.json").read_text())
-        assert float(row[f"perplexity {text_folder.name}"]) == metrics["perplexity"][str(text_folder)]
-        assert float(row["ssm"]) == 0.5
+        metrics = json.loads((Path(row["runs"]) / "metrics.json").read_text())
+        found = {text_folder.name: metrics["perplexity"][str(text_folder)], "A_log %": 50.0, "weights %": 0.0}
+        assert float(row["ours"]) == found.get(row["column"], pytest.approx(sum(metrics["seconds"].values())))
     assert {row["saliency"] for row in rows} == {"a_log", "transition"}
     assert sweep_local.main([*words, "--workers", "2"]) == 0
     assert runs == {path: path.stat().st_mtime_ns for path in base.glob("*/*/metrics.json")}

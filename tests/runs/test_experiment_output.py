@@ -1,4 +1,4 @@
-"""A table of the paper that was filled: as text, Markdown, CSV, LaTeX and JSON."""
+"""A table that was filled: as text, Markdown, CSV, LaTeX and JSON."""
 
 import csv
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sparsessm import commandline
-from sparsessm.runs import paper, paper_output
-from sparsessm.runs.paper import Changes, entries
+from sparsessm.runs import experiment_output, paper
+from sparsessm.runs.experiment import ACCURACY, PERPLEXITY, fill_in
 from tests.finished_runs import leave_run
 from tests.latex import rows_of
 
@@ -25,22 +25,22 @@ def measured(tmp_path):
     model = tmp_path / "mamba-130m-hf"
     model.mkdir()
     base, table = tmp_path / "runs", paper.load("ssm_50")
-    changes = Changes(models=[str(model)], seeds=[0, 1, 2], only=["dense", "magnitude", "sparsegpt", "sparsessm"])
-    lines = entries(table, changes)
-    cells = {line.row: line.cells for line in lines}
+    rows = ["dense", "magnitude", "sparsegpt", "sparsessm"]
+    experiment = paper.experiment(table, models=[str(model)], seeds=[0, 1, 2], only=rows)
+    cells = {line.names["row"]: line.cells for line in experiment.lines}
     scores = {"piqa": 0.63, "arc_easy": 0.4815, "arc_challenge": 0.25, "winogrande": 0.5, "openbookqa": 0.286, "mean": 0.5}
     scores = {task: {"metric": "acc", "value": value, "stderr": 0.01} for task, value in scores.items()}
     leave_run(base, cells["dense"][0], {"wikitext2": 20.61, "ptb": 32.5, "c4": float("inf")}, scores)
     for cell, value in zip(cells["sparsessm"], (27.0, 28.0, 30.0), strict=True):
         leave_run(base, cell, {"wikitext2": value, "ptb": 50.0, "c4": 31.47})
     failures = dict.fromkeys(cells["sparsegpt"], "error: no | memory_left (exit code 1; log)")
-    return paper.fill_in(table, lines, base, failures), base
+    return fill_in(experiment, base, failures), base
 
 
 # mean 28.333, published 27.7; squares of the distances 1.778 + 0.111 + 2.778 = 4.667, halved 2.333, root 1.528
 def test_markdown_shows_published_ours_and_difference(measured, tmp_path):
     filled, base = measured
-    lines = paper_output.markdown(filled, tmp_path / "out").splitlines()
+    lines = experiment_output.markdown(filled, tmp_path / "out").splitlines()
     accuracies = lines.index("## Zero-shot accuracy, %")
     head, _, dense, magnitude, sparsegpt, sparsessm = (line for line in lines[:accuracies] if line.startswith("|"))
     assert head.startswith("| model | row | wikitext2 published | wikitext2 ours | difference | ptb published |")
@@ -57,13 +57,14 @@ def test_markdown_shows_published_ours_and_difference(measured, tmp_path):
     run = next(base.glob("mamba-130m-hf-dense-*/*"))
     assert f"1. `{os.path.relpath(run, tmp_path / 'out')}`" in lines
     assert any("one of them looks like a slip" in line for line in lines)
-    assert any("sample over 3 seeds" in line for line in lines)
+    assert "In parentheses the difference to the dense model. Mean ± standard deviation of the sample over seeds." in lines
 
 
 def test_csv_has_every_figure_unrounded(measured):
     filled, _ = measured
-    rows = {(row["row"], row["column"]): row for row in csv.DictReader(paper_output.comma_separated(filled).splitlines())}
-    assert len(rows) == 4 * 9
+    lines = list(csv.DictReader(experiment_output.comma_separated(filled).splitlines()))
+    rows = {(row["row"], row["column"]): row for row in lines}
+    assert len(lines) == len(rows) == 4 * 12
     found = rows["sparsessm", "wikitext2"]
     assert float(found["published"]) == PUBLISHED["ssm_50"]["rows"]["mamba-130m"]["sparsessm"]["wikitext2"]
     assert float(found["ours"]) == pytest.approx(85 / 3) and float(found["difference"]) == pytest.approx(85 / 3 - 27.7)
@@ -78,7 +79,7 @@ def test_csv_has_every_figure_unrounded(measured):
 
 def test_latex_shows_the_same(measured):
     filled, base = measured
-    text = paper_output.latex(filled)
+    text = experiment_output.latex(filled)
     rows = rows_of(text)
     assert rows[0] == ["", "", *(rf"\multicolumn{{3}}{{c}}{{{name}}}" for name in ("wikitext2", "ptb", "c4"))]
     assert r"\cmidrule(lr){3-5} \cmidrule(lr){6-8} \cmidrule(lr){9-11}" in text.splitlines()
@@ -99,26 +100,26 @@ def test_what_varies_has_its_own_columns_and_two_folders_of_one_name_their_paren
     models = [tmp_path / one / "mamba" for one in "ab"]
     for folder in models:
         folder.mkdir(parents=True)
-    lines = entries(paper.load("sparsity"), Changes(models=list(map(str, models)), only=["dense", "sparsessm"]))
-    assert lines[1].cells[0].label == "a/mamba, sparsessm, sparsity 0.1"
-    for line, value in zip(lines, (20.0, 19.5, None), strict=False):
-        leave_run(tmp_path, line.cells[0], {"wikitext2": value})
-    filled = paper.fill_in(paper.load("sparsity"), lines, tmp_path, {})
-    shown = paper_output.text(filled).splitlines()
+    experiment = paper.experiment(paper.load("sparsity"), models=list(map(str, models)), only=["dense", "sparsessm"])
+    assert experiment.cells[1].label == "a/mamba, sparsessm, sparsity 0.1"
+    for cell, value in zip(experiment.cells, (20.0, 19.5, None), strict=False):
+        leave_run(tmp_path, cell, {"wikitext2": value})
+    filled = fill_in(experiment, tmp_path, {})
+    shown = experiment_output.text(filled).splitlines()
     assert shown[1].split() == ["model", "row", "sparsity", "wikitext2"]
     assert shown[3].split()[:4] == ["a/mamba", "dense", "–", "20.00"]
     assert shown[4].split() == ["a/mamba", "sparsessm", "0.1", "19.50", "(-0.50)"]
     assert shown[5].split() == ["a/mamba", "sparsessm", "0.2", "inf", "(+inf)"]
-    rows = rows_of(paper_output.latex(filled))
+    rows = rows_of(experiment_output.latex(filled))
     assert rows[2] == ["a/mamba", "sparsessm", "0.1", r"\textbf{19.50 ($-$0.50)}"]
-    assert paper_output.latex(filled).count(r"\midrule") == 2  # below the head, and between the models
+    assert experiment_output.latex(filled).count(r"\midrule") == 2  # below the head, and between the models
 
 
 def test_json_leads_from_figures_to_runs(measured):
-    filled, base = measured
-    lines = {line["row"]: line for line in paper_output.trace(filled, base)["lines"]}
+    filled, _ = measured
+    lines = {line["row"]: line for line in experiment_output.trace(filled)["lines"]}
     assert [run["state"] for run in lines["sparsessm"]["runs"]] == ["done"] * 3
-    assert lines["sparsessm"]["figures"]["wikitext2"]["ours"] == [27.0, 28.0, 30.0]
+    assert lines["sparsessm"]["figures"]["Perplexity"]["wikitext2"]["ours"] == [27.0, 28.0, 30.0]
     assert {run["state"] for run in lines["sparsegpt"]["runs"]} == {"failed"}
     assert {run["state"] for run in lines["magnitude"]["runs"]} == {"to do"}
     (dense,) = lines["dense"]["runs"]
@@ -130,25 +131,25 @@ def test_json_leads_from_figures_to_runs(measured):
 @pytest.mark.parametrize("name", ["transfer", "ssm_50"])
 def test_a_table_without_published_figures_shows_ours_alone(tmp_path, name):
     table = paper.load(name)
-    lines = entries(table, Changes(models=["demo"], only=["dense"]))
-    leave_run(tmp_path, lines[0].cells[0], {"wikitext2": 1.5, "ptb": 123456.0, "c4": 3.0})
-    filled = paper.fill_in(table, lines, tmp_path, {})
-    page = paper_output.markdown(filled, tmp_path)
+    experiment = paper.experiment(table, models=["demo"], only=["dense"])
+    leave_run(tmp_path, experiment.cells[0], {"wikitext2": 1.5, "ptb": 123456.0, "c4": 3.0})
+    filled = fill_in(experiment, tmp_path, {})
+    page = experiment_output.markdown(filled, tmp_path)
     assert "| model | row | wikitext2 | ptb | c4 | runs |" in page
     assert "| demo | dense | 1.50 | 1.23e+05 | 3.00 | [1] |" in page
-    assert r"\begin{tabular}{llrrr}" in paper_output.latex(filled) and "slip" not in page
+    assert r"\begin{tabular}{llrrr}" in experiment_output.latex(filled) and "slip" not in page
 
 
 def test_data_sets_of_one_name_keep_their_columns_apart(tmp_path):
     folders = [tmp_path / one / "news" for one in "ab"]
     for folder in folders:
         folder.mkdir(parents=True)
-    changes = Changes(models=["demo"], ppl_datasets=[str(folder) for folder in folders], only=["dense"])
-    lines = entries(paper.load("ssm_50"), changes)
-    leave_run(tmp_path, lines[0].cells[0], {str(folder): i for i, folder in enumerate(folders)})
-    filled = paper.fill_in(paper.load("ssm_50"), lines, tmp_path, {})
-    assert filled.perplexities == ["a/news", "b/news"]
-    assert [filled.lines[0].figures[column].mean for column in filled.perplexities] == [0, 1]
+    texts = [str(folder) for folder in folders]
+    experiment = paper.experiment(paper.load("ssm_50"), models=["demo"], ppl_datasets=texts, only=["dense"])
+    leave_run(tmp_path, experiment.cells[0], {str(folder): i for i, folder in enumerate(folders)})
+    filled = fill_in(experiment, tmp_path, {})
+    assert filled.parts[PERPLEXITY] == ["a/news", "b/news"]
+    assert [filled.rows[0].figures[PERPLEXITY, column].mean for column in filled.parts[PERPLEXITY]] == [0, 1]
 
 
 def test_other_settings_than_the_published_ones_are_said_where_figures_are_compared(tmp_path):
@@ -157,8 +158,7 @@ def test_other_settings_than_the_published_ones_are_said_where_figures_are_compa
     table, small = paper.load("ssm_50"), {"seqlen": 128, "eval_windows": 8, "nsamples": 4}
     remarks = {}
     for name, flags in ((str(model), small), (str(model), {}), ("demo", small)):
-        lines = entries(table, Changes(models=[name], flags=flags))
-        remarks[name, len(flags)] = " ".join(paper.fill_in(table, lines, tmp_path, {}).remarks)
+        remarks[name, len(flags)] = " ".join(paper.experiment(table, models=[name], flags=flags).remarks)
     said = "(windows of 128 tokens, not 2048; the first windows of the text only; calibrated on 4 windows of wikitext2)"
     assert said in remarks[str(model), 3]
     assert "not measured" not in remarks[str(model), 0] and remarks["demo", 3] == ""
@@ -167,11 +167,12 @@ def test_other_settings_than_the_published_ones_are_said_where_figures_are_compa
 def test_a_mean_over_other_tasks_is_not_compared_with_the_published_average(tmp_path):
     model = tmp_path / "mamba-130m"
     model.mkdir()
-    lines = entries(paper.load("ssm_50"), Changes(models=[str(model)], only=["dense"], argv=["--eval_zero_shot"]))
+    table = paper.load("ssm_50")
+    experiment = paper.experiment(table, models=[str(model)], only=["dense"], argv=["--eval_zero_shot"])
     scores = {"mine": {"value": 0.25}, "piqa": {"value": 0.75}, "mean": {"value": 0.5}}
-    leave_run(tmp_path, lines[0].cells[0], {"wikitext2": 1.0}, scores)
-    filled = paper.fill_in(paper.load("ssm_50"), lines, tmp_path, {})
-    figures = filled.lines[0].figures
-    assert filled.accuracies[-2:] == ["mine", "mean"]
+    leave_run(tmp_path, experiment.cells[0], {"wikitext2": 1.0}, scores)
+    filled = fill_in(experiment, tmp_path, {})
+    figures = {column: figure for (part, column), figure in filled.rows[0].figures.items() if part == ACCURACY}
+    assert filled.parts[ACCURACY][-2:] == ["mine", "mean"]
     assert (figures["piqa"].mean, figures["mine"].mean, figures["mean"].mean) == (75.0, 25.0, 50.0)
     assert figures["average"].published == 43.36 and figures["average"].mean is None
