@@ -50,7 +50,7 @@ class MemoryLimitError(SparseSSMError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: ends the run as Ctrl-C does, and no library's `except Exception` holds it up."""
+    """SIGINT, SIGTERM or SIGHUP, which the message names; no library's `except Exception` holds it up."""
 
 
 def first_line(error: BaseException) -> str:
@@ -91,21 +91,21 @@ def storing(what: str, remedy: str = "free some space, or name another place") -
         raise StorageError(f"{what} could not be written ({reason}): {remedy}") from error
 
 
-_interrupted = False
+_interrupted: str | None = None  # by which signal
 
 
 @contextmanager
 def ending_by_signals() -> Iterator[None]:
     """Turns SIGINT, SIGTERM and SIGHUP into a KeyboardInterrupt for a while; a second Ctrl-C ends the process at once."""
     global _interrupted
-    _interrupted = False
+    _interrupted = None
 
     def end(number: int, _: object) -> None:
         global _interrupted
-        _interrupted = True
+        _interrupted = signal.Signals(number).name
         for other in before:
             signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
-        raise Interrupted(signal.Signals(number).name)
+        raise Interrupted(_interrupted)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -122,7 +122,7 @@ def ending_by_signals() -> Iterator[None]:
 def check_interrupted() -> None:
     """Raises Interrupted if a signal arrived where it could not end the run (in a callback from compiled code)."""
     if _interrupted:
-        raise Interrupted("a signal")
+        raise Interrupted(_interrupted)
 
 
 def require_known(what: str, name: str | None, table: Collection[str]) -> None:
@@ -146,8 +146,8 @@ def ending_in_one_line(function: Callable[[Sequence[str]], int]) -> Callable[[Se
             except SparseSSMError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return UNUSABLE
-            except KeyboardInterrupt:
-                print("interrupted: the same command continues", file=sys.stderr)
-                return INTERRUPTED
+            except Interrupted as error:
+                print(f"stopped by {error}; the same command continues", file=sys.stderr)
+                return 128 + signal.Signals[str(error)]  # as a shell has it
 
     return main

@@ -8,17 +8,17 @@ import shlex
 import sys
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsessm.errors import storing
+from sparsessm.errors import Interrupted, storing
 from sparsessm.files import strict_json, write_text
 from sparsessm.report import tables
 from sparsessm.report.tables import NOTHING, Figure, signed
 from sparsessm.report.wording import slug
 from sparsessm.runs.experiment import PERPLEXITY, SPENT, Experiment, Filled, fill_in
-from sparsessm.runs.grid import Cell, Stopped, fill
+from sparsessm.runs.grid import Cell, fill
 
 _COMPARED = ("published", "ours", "difference")
 
@@ -31,22 +31,24 @@ def carry_out(experiment: Experiment, known: Namespace, folder: str, index: int 
 
     Raises:
         InputError: a folder cannot be written, or there cannot be that many workers.
+        Interrupted: by a signal.
     """
-    cells, failures, stopped = experiment.cells, dict[Cell, str](), None
+
+    def tell(failures: Mapping[Cell, str]) -> None:
+        if index is None:
+            filled = fill_in(experiment, known.base_dir, failures)
+            files = write(filled, known.out or known.base_dir / folder)
+            print(text(filled), "", "tables:", *(f"  {file}" for file in files), sep="\n")
+        for cell, reason in failures.items():
+            print(f"failed: {cell.label}: {reason}", file=sys.stderr)
+
+    cells = experiment.cells if index is None else [experiment.cells[index]]
     try:
-        failures = fill(cells if index is None else [cells[index]], known.base_dir, workers=known.workers,
-                        devices=known.devices, group=experiment.name)  # fmt: skip
-    except Stopped as signal:
-        stopped = signal
-    if index is None:
-        filled = fill_in(experiment, known.base_dir, failures)
-        files = write(filled, known.out or known.base_dir / folder)
-        print(text(filled), "", "tables:", *(f"  {file}" for file in files), sep="\n")
-    for cell, reason in failures.items():
-        print(f"failed: {cell.label}: {reason}", file=sys.stderr)
-    if stopped:
-        print(f"stopped by {stopped}; the same command continues", file=sys.stderr)
-        return stopped.exit_code
+        failures = fill(cells, known.base_dir, workers=known.workers, devices=known.devices, group=experiment.name)
+    except Interrupted:
+        tell({})
+        raise
+    tell(failures)
     return 1 if failures else 0
 
 

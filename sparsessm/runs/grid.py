@@ -31,7 +31,7 @@ from typing import Any
 from sparsessm import files
 from sparsessm.commandline import Parser, parse
 from sparsessm.corpora.names import DATASETS, with_full_path
-from sparsessm.errors import UNUSABLE, InputError, Interrupted, ending_by_signals
+from sparsessm.errors import UNUSABLE, InputError, ending_by_signals
 from sparsessm.options import DEFAULTS, PLACES, Options, without_own
 from sparsessm.runs.progress import Progress
 
@@ -42,14 +42,6 @@ _LOOK = 0.5  # seconds between two looks at the pool, and for which a worker wai
 # How a run is asked to end, and for how many seconds it is waited for: an interrupt lets it close its log.
 _ENDING = ((signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 60.0))
 _HELD = "a run of another job holds the cell"
-
-
-class Stopped(Exception):
-    """The job was told to stop by a signal; its runs have been ended, and the next call continues them."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number  # as a shell has it
 
 
 def parser(about: str) -> Parser:
@@ -145,7 +137,7 @@ def fill(
         group: the runs' group on wandb, where WANDB_RUN_GROUP does not say otherwise.
 
     Raises:
-        Stopped: after SIGINT, SIGTERM or SIGHUP, when no run is left alive.
+        Interrupted: by a signal, when no run is left alive; the next call continues them.
         InputError: where base_dir cannot be written, or workers is not a number of workers.
     """
     if workers < 1:
@@ -203,10 +195,8 @@ class _Job:
                             failed[cell.name] = reason
                         progress.advance()
                     progress.show(self._now(pending), f"{len(failed)} failed" if failed else "")
-            except BaseException as error:
+            except BaseException:
                 self._end_all()
-                if isinstance(error, Interrupted):
-                    raise Stopped(signal.Signals[str(error)]) from None
                 raise
         reasons = {cell: cell.refusal or failed.get(cell.name) for cell in cells}
         return {cell: reason for cell, reason in reasons.items() if reason}
