@@ -40,6 +40,10 @@ PLACES = (
     "memory_budget", "generate", "dry_run",
 )  # fmt: skip
 
+# The methods whose own damping, or choice of modules for N:M, is not that of the others, for --help.
+_DAMPING = "; ".join(f"{name}: {method.percdamp}" for name, method in METHODS.items() if method.percdamp != Method.percdamp)
+_SPARING = ", ".join(name for name, method in METHODS.items() if method.spares_conv)
+
 # The options in the order of --help: the first of each group, and the group's title.
 GROUPS = {
     "model": "most used",
@@ -118,7 +122,7 @@ class Options:
     maxlayer: int = _option(1000, "layer before which pruning stops", type=int)
     target_modules: tuple[str, ...] = _option(
         MODULE_KINDS,
-        "types of modules to prune (default: both, but nn.Linear for N:M by sparsessm_obs)",
+        f"types of modules to prune (default: both, but nn.Linear for N:M by {_SPARING})",
         nargs="+", choices=MODULE_KINDS,
     )  # fmt: skip
     parts: tuple[str, ...] = _option(
@@ -193,7 +197,7 @@ class Options:
     raw_zeros: bool = _flag("save 0 for pruned entries of A_log whatever was evaluated, as the released code does")
     blocksize: int = _option(128, "columns per block of OBS", type=int)
     percdamp: float | None = _option(
-        None, "damping of the Hessian, as a share of its mean diagonal (default: 0.01; sparsessm_obs: 0.1)", type=float
+        None, f"damping of the Hessian, as a share of its mean diagonal (default: {Method.percdamp}; {_DAMPING})", type=float
     )
     conv_hessian: str = _option(
         "tap", "Hessian of conv1d: tap, one per channel; channel, the released one", choices=CONV_HESSIANS
