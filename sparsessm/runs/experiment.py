@@ -6,9 +6,10 @@ What is filled in is read from the run folders, whoever ran them, so that a late
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,14 @@ def repeated(label: str, argv: Sequence[str], seeds: Sequence[int] | None) -> tu
     """The run, or one for each seed."""
     each = [Cell(f"{label}, seed {seed}", (*argv, f"--seed={seed}")) for seed in dict.fromkeys(seeds or ())]
     return tuple(each or [Cell(label, tuple(argv))])
+
+
+def crossed(vary: Mapping[str, Sequence[Any]]) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """Each choice of a value for each name, the last name varying fastest; and how it reads in a table."""
+    shown = {name: short_names(map(str, values)) for name, values in vary.items()}
+    for chosen in itertools.product(*vary.values()):
+        point = dict(zip(vary, chosen, strict=True))
+        yield point, {name: shown[name][str(value)] for name, value in point.items()}
 
 
 def fill_in(experiment: Experiment, base_dir: Path, failures: Mapping[Cell, str]) -> Filled:
