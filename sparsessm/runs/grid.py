@@ -116,24 +116,18 @@ def interrupted(cell: Cell, base_dir: Path) -> Path | None:
 
 
 def fill(
-    cells: Sequence[Cell],
-    base_dir: Path,
-    *,
-    workers: int = 1,
-    devices: Sequence[str] | None = None,
-    group: str | None = None,
+    cells: Sequence[Cell], base_dir: Path, *, workers: int = 1, devices: Sequence[str] | None = None, group: str = ""
 ) -> dict[Cell, str]:
     """Runs the cells that are not finished; returns those that failed, each with its reason in one line.
 
     Args:
-        workers: runs at a time.
-        devices: CUDA_VISIBLE_DEVICES for the first worker, the second, and so on around; None takes
-            the GPUs that are there. Without any, workers share the cores.
-        group: the runs' group on wandb, where WANDB_RUN_GROUP does not say otherwise.
+        workers: runs at a time. devices: CUDA_VISIBLE_DEVICES for the first worker, the second, and so on around; None
+        takes the GPUs that are there. Without any, workers share the cores. group: the runs' group on wandb, where
+        WANDB_RUN_GROUP does not say otherwise.
 
     Raises:
         Interrupted: by a signal, when no run is left alive; the next call continues them.
-        InputError: where base_dir cannot be written, or workers is not a number of workers.
+        InputError: base_dir cannot be written, or there cannot be that many workers.
     """
     if workers < 1:
         raise InputError(f"--workers must be at least 1, not {workers}")
@@ -254,16 +248,12 @@ def _runs(cell: Cell, base_dir: Path) -> dict[Path, dict[str, Any]]:
     for file in sorted((base_dir / cell.name).glob("*/options.json"), key=os.path.getmtime, reverse=True):
         try:
             record = json.loads(file.read_text())
-        except (OSError, ValueError):
+            known = without_own(DEFAULTS | record)  # a flag that an older version did not have does nothing by its default
+        except (OSError, ValueError, TypeError):
             continue
-        # an older version had fewer flags: a flag it did not know does nothing by its default
-        if isinstance(record, dict) and _settings(DEFAULTS | record) == _settings(cell.settings):
+        if {name: value for name, value in known.items() if name not in PLACES} == without_own(cell.settings):
             found[file.parent] = record
     return found
-
-
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in without_own(record).items() if key not in PLACES}
 
 
 def device_names(count: int, visible: str | None) -> list[str]:
