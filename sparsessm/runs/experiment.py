@@ -115,8 +115,8 @@ def fill_in(experiment: Experiment, base_dir: Path, failures: Mapping[Cell, str]
         for part, column in [key for part in _PARTS for key in columns if key[0] == part]:
             level = dense.get(line.model, {}).get((part, column)) if line.prunes and part != SPENT else None
             beside = level or values.get((part + _BEFORE, column))
-            ours, beside_mean = values.get((part, column), ()), statistics.fmean(beside) if beside else None
-            figures.setdefault(part, {})[column] = Figure(tuple(ours), line.published.get(column), beside_mean)
+            ours, unpruned = values.get((part, column), ()), statistics.fmean(beside) if beside else None
+            figures.setdefault(part, {})[column] = Figure(tuple(ours), line.published.get(column), unpruned)
         failed = {cell: failures[cell] for cell in line.cells if cell in failures}
         lines.append(replace(line, folders=folders, failures=failed, figures=figures))
     return replace(experiment, lines=lines)

@@ -258,9 +258,7 @@ def _runs(cell: Cell, base_dir: Path) -> dict[Path, dict[str, Any]]:
 
 def device_names(count: int, visible: str | None) -> list[str]:
     """The GPUs that torch sees, as CUDA_VISIBLE_DEVICES calls them: what it says already (visible), else 0, 1, ..."""
-    if count and visible:
-        return visible.split(",")[:count]
-    return [str(i) for i in range(count)]
+    return (visible.split(",") if visible else [str(i) for i in range(count)])[:count]
 
 
 def _cores() -> int:

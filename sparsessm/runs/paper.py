@@ -16,7 +16,7 @@ from typing import Any
 
 from sparsessm.commandline import words_of
 from sparsessm.errors import InputError
-from sparsessm.metrics.published import SEQLEN, TABLES
+from sparsessm.metrics.published import SEQLEN, TABLES, bare_name
 from sparsessm.options import DEFAULTS
 from sparsessm.report.wording import short_names
 from sparsessm.runs.experiment import Experiment, Line, crossed, repeated
@@ -67,11 +67,6 @@ def load(name: str) -> Table:
     if name not in names():
         raise InputError(f"there is no table {name}; there are: {', '.join(names())}")
     return Table(name=name, **json.loads((FOLDER / f"{name}.json").read_text()))
-
-
-def bare_name(model: str) -> str:
-    """The name of a model in a table: the last part of its id or path, without -hf."""
-    return Path(model).name.removesuffix("-hf")
 
 
 def model_names(models: Sequence[str]) -> dict[str, str]:
@@ -136,9 +131,8 @@ def experiment(
 
 
 def _kept(table: Table, only: Sequence[str] | None) -> Mapping[str, Mapping[str, Any]]:
-    """The rows that are asked for by name or method."""
-    if only is None:
-        return table.rows
+    """The rows that are asked for by name or method, or all."""
+    only = list(table.rows) if only is None else only
     kept = {row: flags for row, flags in table.rows.items() if row in only or flags.get("method") in only}
     unknown = set(only) - kept.keys() - {flags.get("method") for flags in kept.values()}
     if unknown:
