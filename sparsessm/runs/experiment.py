@@ -45,7 +45,7 @@ class Line:
     figures: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
 
     def state(self, *cells: Cell) -> str:
-        """Of these of its cells together."""
+        """Of some of its cells together: failed, done, or to do."""
         if any(cell in self.failures for cell in cells):
             return "failed"
         return "done" if all(cell in self.folders for cell in cells) else "to do"
@@ -66,9 +66,8 @@ class Experiment:
     remarks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        refusals = [cell.refusal for cell in self.cells]
-        if all(refusals):
-            raise InputError(str(refusals[0]))
+        if all(cell.refusal for cell in self.cells):
+            raise InputError(str(self.cells[0].refusal))
 
     @property
     def cells(self) -> list[Cell]:
@@ -95,7 +94,7 @@ def crossed(vary: Mapping[str, Sequence[Any]]) -> Iterator[tuple[dict[str, Any],
 
 
 def fill_in(experiment: Experiment, base_dir: Path, failures: Mapping[Cell, str]) -> Experiment:
-    """The experiment with the figures in the run folders under base_dir; failures: of `fill`."""
+    """The experiment with the figures in the run folders under base_dir, and the failures that `fill` returned."""
     able = [cell.options for cell in experiment.cells if not cell.refusal]
     texts = short_names(name for one in able for name in one.evaluation_sets)
     columns = dict.fromkeys((PERPLEXITY, text) for text in texts.values())

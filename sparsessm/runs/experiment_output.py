@@ -132,13 +132,10 @@ def trace(filled: Experiment) -> dict[str, Any]:
     """Where every figure comes from: per line its figures, and per run the command, the folder, and whether it is done."""
     lines = []
     for line in filled.lines:
-        runs = [
-            {
-                "run": cell.label, "command": shlex.join(["python", "main.py", *cell.argv]),
-                "folder": str(line.folders[cell]) if cell in line.folders else None, "state": line.state(cell),
-            }
-            for cell in line.cells
-        ]  # fmt: skip
+        runs = [{
+            "run": cell.label, "command": shlex.join(["python", "main.py", *cell.argv]),
+            "folder": str(line.folders[cell]) if cell in line.folders else None, "state": line.state(cell),
+        } for cell in line.cells]  # fmt: skip
         figures = {
             part: {name: _described(one) | {"ours": list(one.values), "mean": one.mean} for name, one in columns.items()}
             for part, columns in line.figures.items()

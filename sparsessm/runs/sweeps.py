@@ -70,12 +70,12 @@ def _values(file: Path, name: str, said: Any) -> list[Any]:
 
 
 def _change(text: str) -> tuple[str, list[Any]]:
-    name, equals, said = text.partition("=")
+    name, _, said = text.partition("=")
     try:
         value = yaml.safe_load(said)
     except yaml.YAMLError:
         value = None
     values = value if isinstance(value, list) else [value]
-    if not (name and equals and values and all(isinstance(one, _PLAIN) for one in values)):
+    if not (name and values and all(isinstance(one, _PLAIN) for one in values)):
         raise InputError(f"--set {text} is not NAME=VALUE or NAME=[VALUE, VALUE]")
     return name, values
