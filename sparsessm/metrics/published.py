@@ -22,10 +22,14 @@ def _rows() -> dict[str, dict[str, dict[str, float]]]:
     return tables["ssm_50_v2"]["rows"] | tables["ssm_50"]["rows"]  # the second lacks Mamba-2
 
 
+def bare_name(model: str) -> str:
+    """The name of a model in the tables: the last part of its id or path, without -hf."""
+    return Path(model).name.removesuffix("-hf")
+
+
 def published_dense(model: str, dataset: str) -> float | None:
     """The published dense perplexity of a model (mamba-130m, also as a hub id or with -hf) on a data set, if any."""
-    row = _rows().get(Path(model).name.removesuffix("-hf"), {})
-    return row.get("dense", {}).get(dataset)
+    return _rows().get(bare_name(model), {}).get("dense", {}).get(dataset)
 
 
 def dense_warning(model: str, dataset: str, perplexity: float, *, seqlen: int, all_windows: bool) -> str | None:

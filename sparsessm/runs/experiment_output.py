@@ -10,17 +10,26 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsessm.errors import Interrupted, storing
 from sparsessm.files import strict_json, write_text
 from sparsessm.report import tables
 from sparsessm.report.tables import NOTHING, Figure, signed
 from sparsessm.report.wording import slug
-from sparsessm.runs.experiment import PERPLEXITY, SPENT, Experiment, Filled, fill_in
+from sparsessm.runs.experiment import PERPLEXITY, SPENT, Experiment, fill_in
 from sparsessm.runs.grid import Cell, fill
 
-_COMPARED = ("published", "ours", "difference")
+
+class _Part(NamedTuple):
+    """A part of the table as text; groups: the columns, where each shows the published figure, ours and the difference."""
+
+    title: str
+    groups: list[str]
+    head: list[str]
+    rows: list[list[str]]
+    best: set[tuple[int, int]]
+    """The best figures of each model's pruned lines, as (row, cell); ours and published ones apart."""
 
 
 def carry_out(experiment: Experiment, known: Namespace, folder: str, index: int | None = None) -> int:
@@ -30,8 +39,7 @@ def carry_out(experiment: Experiment, known: Namespace, folder: str, index: int 
         known: what `grid.parser` reads. folder: for the table, in its base_dir. index: run this cell alone, without a table.
 
     Raises:
-        InputError: a folder cannot be written, or there cannot be that many workers.
-        Interrupted: by a signal.
+        InputError, Interrupted: as `fill`. StorageError: the table cannot be written.
     """
 
     def tell(failures: Mapping[Cell, str]) -> None:
@@ -52,13 +60,13 @@ def carry_out(experiment: Experiment, known: Namespace, folder: str, index: int 
     return 1 if failures else 0
 
 
-def write(filled: Filled, folder: Path) -> list[Path]:
+def write(filled: Experiment, folder: Path) -> list[Path]:
     """Writes NAME.md, .csv, .tex and .json into a folder; each appears whole or not at all."""
     contents = {
         "md": markdown(filled, folder), "csv": comma_separated(filled), "tex": latex(filled),
         "json": strict_json(trace(filled), indent=2) + "\n",
     }  # fmt: skip
-    files = {folder / f"{filled.experiment.name}.{suffix}": content for suffix, content in contents.items()}
+    files = {folder / f"{filled.name}.{suffix}": content for suffix, content in contents.items()}
     with storing(f"--out {folder}", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
@@ -66,24 +74,23 @@ def write(filled: Filled, folder: Path) -> list[Path]:
     return list(files)
 
 
-def text(filled: Filled) -> str:
+def text(filled: Experiment) -> str:
     """A table for each part, for a terminal."""
-    parts = [f"{part}:\n{tables.aligned(head, rows)}" for part, head, rows in _parts(filled)]
+    parts = [f"{part.title}:\n{tables.aligned(part.head, part.rows)}" for part in _parts(filled)]
     return "\n\n".join(parts + _remarks(filled))
 
 
-def markdown(filled: Filled, folder: Path) -> str:
+def markdown(filled: Experiment, folder: Path) -> str:
     """A table for each part; numbers in brackets lead to the run folders below, which are given relative to `folder`."""
-    about = filled.experiment
-    folders = dict.fromkeys(run for row in filled.rows for run in row.folders.values())
+    folders = dict.fromkeys(run for line in filled.lines for run in line.folders.values())
     numbers = {run: f"[{number}]" for number, run in enumerate(folders, start=1)}
-    runs = [" ".join(numbers[run] for run in row.folders.values()) or NOTHING for row in filled.rows]
-    parts = [f"# {about.name}: {about.title}", f"Source: {about.source}."]
-    for part, head, rows in _parts(filled):
-        lines = [[*cells, mine] for cells, mine in zip(rows, runs, strict=True)]
-        parts += [f"## {part}", tables.markdown_table([*head, "runs"], lines)]
+    runs = [" ".join(numbers[run] for run in line.folders.values()) or NOTHING for line in filled.lines]
+    parts = [f"# {filled.name}: {filled.title}", f"Source: {filled.source}."]
+    for part in _parts(filled):
+        rows = [[*cells, mine] for cells, mine in zip(part.rows, runs, strict=True)]
+        parts += [f"## {part.title}", tables.markdown_table([*part.head, "runs"], rows)]
     parts += _remarks(filled)
-    failures = [f"- {cell.label}: {reason}" for row in filled.rows for cell, reason in row.failures.items()]
+    failures = [f"- {cell.label}: {reason}" for line in filled.lines for cell, reason in line.failures.items()]
     if failures:
         parts += ["## Failed", "\n".join(failures)]
     if numbers:
@@ -91,53 +98,50 @@ def markdown(filled: Filled, folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def comma_separated(filled: Filled) -> str:
+def comma_separated(filled: Experiment) -> str:
     """One line a figure, unrounded: table, the line's names, part and column, the figure, state and runs."""
-    names = _names(filled)
-    head = ["table", *names, "part", "column", *_described(Figure(())), "state", "runs"]
+    head = ["table", *filled.heads, "part", "column", *_described(Figure(())), "state", "runs"]
     rows = []
-    for row in filled.rows:
-        where, runs = [row.line.names.get(name) for name in names], ";".join(map(str, row.folders.values()))
-        for key, figure in row.figures.items():
-            rows.append([filled.experiment.name, *where, *key, *_described(figure).values(), row.state, runs])
+    for line in filled.lines:
+        where, runs = [line.names.get(name) for name in filled.heads], ";".join(map(str, line.folders.values()))
+        for part, figures in line.figures.items():
+            for column, figure in figures.items():
+                rows.append([filled.name, *where, part, column, *_described(figure).values(), line.state(*line.cells), runs])
     return tables.comma_separated(head, rows)
 
 
-def latex(filled: Filled) -> str:
+def latex(filled: Experiment) -> str:
     """A table environment for each kind of figure; the run folders are comments above the lines."""
-    about, labels = filled.experiment, len(_names(filled))
-    parts = [f"% {remark}" for remark in (f"{about.name}: {about.title}. Source: {about.source}.", *about.remarks)]
-    for part, head, rows in _parts(filled):
-        if part == SPENT:
+    parts = [f"% {remark}" for remark in (f"{filled.name}: {filled.title}. Source: {filled.source}.", *filled.remarks)]
+    for part in _parts(filled):
+        if part.title == SPENT:
             continue
-        columns, compares = filled.parts[part], _compares(filled, part)
-        figures = [figure for row in filled.rows for (kind, _), figure in row.figures.items() if kind == part]
-        caption = f"{about.title}. {part}; in bold the best of the pruned models." + tables.in_cells(figures)
+        beside = tables.in_cells(figure for line in filled.lines for figure in line.figures[part.title].values())
+        head = [*filled.heads, *("published", "ours", "difference") * len(part.groups)] if part.groups else part.head
         table = tables.latex_table(
-            [*head[:labels], *(_COMPARED * len(columns) if compares else columns)], rows, caption=caption,
-            label=slug(f"{about.name} {part.split(',')[0]}"), labels=labels, groups=columns if compares else (),
-            best=_best(filled, part, labels), comments=[list(map(str, row.folders.values())) for row in filled.rows],
+            head, part.rows, labels=len(filled.heads), groups=part.groups,
+            caption=f"{filled.title}. {part.title}; in bold the best of the pruned models.{beside}",
+            label=slug(f"{filled.name} {part.title.split(',')[0]}"), best=part.best,
+            comments=[list(map(str, line.folders.values())) for line in filled.lines],
         )  # fmt: skip
         parts += ["", table.rstrip()]
     return "\n".join(parts) + "\n"
 
 
-def trace(filled: Filled) -> dict[str, Any]:
+def trace(filled: Experiment) -> dict[str, Any]:
     """Where every figure comes from: per line its figures, and per run the command, the folder, and whether it is done."""
     lines = []
-    for row in filled.rows:
-        runs = []
-        for cell in row.line.cells:
-            folder = row.folders.get(cell)
-            state = "done" if folder else "failed" if cell in row.failures else "to do"
-            command = shlex.join(["python", "main.py", *cell.argv])
-            runs.append({"run": cell.label, "command": command, "folder": folder and str(folder), "state": state})
-        figures: dict[str, dict[str, Any]] = {part: {} for part in filled.parts}
-        for (part, column), figure in row.figures.items():
-            figures[part][column] = _described(figure) | {"ours": list(figure.values), "mean": figure.mean}
-        lines.append({**row.line.names, "figures": figures, "runs": runs})
-    about = filled.experiment
-    return {"table": about.name, "title": about.title, "source": about.source, "lines": lines}
+    for line in filled.lines:
+        runs = [{
+            "run": cell.label, "command": shlex.join(["python", "main.py", *cell.argv]),
+            "folder": str(line.folders[cell]) if cell in line.folders else None, "state": line.state(cell),
+        } for cell in line.cells]  # fmt: skip
+        figures = {
+            part: {name: _described(one) | {"ours": list(one.values), "mean": one.mean} for name, one in columns.items()}
+            for part, columns in line.figures.items()
+        }
+        lines.append({**line.names, "figures": figures, "runs": runs})
+    return {"table": filled.name, "title": filled.title, "source": filled.source, "lines": lines}
 
 
 def _described(figure: Figure) -> dict[str, Any]:
@@ -148,49 +152,30 @@ def _described(figure: Figure) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _remarks(filled: Filled) -> list[str]:
+def _remarks(filled: Experiment) -> list[str]:
     """What stands below the tables."""
-    cells = tables.in_cells(figure for row in filled.rows for figure in row.figures.values())
-    return [*filled.experiment.remarks, *filter(None, [cells.strip()])]
+    cells = tables.in_cells(one for line in filled.lines for figures in line.figures.values() for one in figures.values())
+    return [*filled.remarks, *filter(None, [cells.strip()])]
 
 
-def _names(filled: Filled) -> list[str]:
-    """Heads of the columns that tell the lines apart."""
-    return list(dict.fromkeys(name for row in filled.rows for name in row.line.names))
-
-
-def _parts(filled: Filled) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Each part with its head and its rows of cells as text."""
-    names = _names(filled)
-    for part, columns in filled.parts.items():
-        compares = _compares(filled, part)
-        heads = [[f"{column} published", f"{column} ours", "difference"] if compares else [column] for column in columns]
-        rows = []
-        for row in filled.rows:
-            cells = [row.line.names.get(name, NOTHING) for name in names]
-            for column in columns:
-                figure = row.figures[part, column]
-                ours = "failed" if row.failures and figure.mean is None else figure.text
+def _parts(filled: Experiment) -> Iterator[_Part]:
+    for title, columns in filled.lines[0].figures.items():
+        compares = any(figure.published is not None for line in filled.lines for figure in line.figures[title].values())
+        head, rows = filled.heads, []
+        for column in columns:
+            head += [f"{column} published", f"{column} ours", "difference"] if compares else [column]
+        numbers: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)  # by model and cell, then by row
+        for i, line in enumerate(filled.lines):
+            cells = [line.names.get(name, NOTHING) for name in filled.heads]
+            for figure in line.figures[title].values():
+                for j, number in enumerate([figure.published, figure.mean] if compares else [figure.mean], start=len(cells)):
+                    if line.prunes and number is not None and math.isfinite(number):
+                        numbers[line.model, j][i] = number
+                ours = "failed" if line.failures and figure.mean is None else figure.text
                 published = NOTHING if figure.published is None else f"{figure.published:g}"
                 difference = NOTHING if figure.difference is None else signed(figure.difference)
                 cells += [published, ours, difference] if compares else [ours]
             rows.append(cells)
-        yield part, [*names, *(head for group in heads for head in group)], rows
-
-
-def _compares(filled: Filled, part: str) -> bool:
-    """Whether there is a published figure in any of the columns."""
-    return any(row.figures[part, column].published is not None for row in filled.rows for column in filled.parts[part])
-
-
-def _best(filled: Filled, part: str, labels: int) -> set[tuple[int, int]]:
-    """Where the best figures of each model's pruned lines stand, as (line, column); ours and published ones apart."""
-    found: dict[tuple[str, int], list[tuple[float, int]]] = defaultdict(list)
-    compares, sign = _compares(filled, part), 1 if part == PERPLEXITY else -1
-    for i, row in enumerate(filled.rows):
-        for j, column in enumerate(filled.parts[part] if row.line.prunes else ()):
-            figure = row.figures[part, column]
-            for k, value in enumerate([figure.published, figure.mean] if compares else [figure.mean]):
-                if value is not None and math.isfinite(value):
-                    found[row.line.model, labels + (3 * j if compares else j) + k].append((sign * value, i))
-    return {(i, column) for (_, column), values in found.items() for value, i in values if value == min(values)[0]}
+        choose = min if title == PERPLEXITY else max
+        best = {(i, j) for (_, j), found in numbers.items() for i in found if found[i] == choose(found.values())}
+        yield _Part(title, list(columns) if compares else [], head, rows, best)

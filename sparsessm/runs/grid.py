@@ -14,16 +14,15 @@ import argparse
 import hashlib
 import json
 import os
-import queue
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from sparsessm.runs.progress import Progress
 COMMAND = (sys.executable, "-P", "-m", "sparsessm")  # -P: not a folder of that name where the job was started
 _PACKAGES = Path(__file__).resolve().parents[2]
 
-_LOOK = 0.5  # seconds between two looks at the pool, and for which a worker waits for another job's run
+_LOOK = 0.2  # seconds between two looks at the runs, and for which a worker waits for another job's run
 # How a run is asked to end, and for how many seconds it is waited for: an interrupt lets it close its log.
 _ENDING = ((signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 60.0))
 _HELD = "a run of another job holds the cell"
@@ -100,45 +99,35 @@ class Cell:
         return [*self.argv, "--base_dir", str(base_dir), "--experiment_name", self.name]
 
 
-def resolved_model(name: str) -> str:
-    """The name of a model; a local folder by its full path, so that it means the same from everywhere."""
-    return with_full_path(name, reserved=("demo",))
-
-
-def resolved_dataset(name: str) -> str:
-    return with_full_path(name, reserved=(*DATASETS, "none"))
+# The name of a model, or of a text; a local folder by its full path, so that it means the same from everywhere.
+resolved_model = partial(with_full_path, reserved=("demo",))
+resolved_dataset = partial(with_full_path, reserved=(*DATASETS, "none"))
 
 
 def finished(cell: Cell, base_dir: Path) -> Path | None:
     """The newest finished run of a cell, or None."""
-    runs = _runs(cell, base_dir)
-    return next((folder for folder, _ in runs if (folder / "metrics.json").is_file()), None)
+    return next((folder for folder in _runs(cell, base_dir) if (folder / "metrics.json").is_file()), None)
 
 
 def interrupted(cell: Cell, base_dir: Path) -> Path | None:
     """The newest run of a cell that was interrupted and that this version can resume, or None."""
-    return next((folder for folder, record in _runs(cell, base_dir) if record.keys() == DEFAULTS.keys()), None)
+    runs = _runs(cell, base_dir)
+    return next((folder for folder, record in runs.items() if record.keys() == DEFAULTS.keys()), None)
 
 
 def fill(
-    cells: Iterable[Cell],
-    base_dir: Path,
-    *,
-    workers: int = 1,
-    devices: Sequence[str] | None = None,
-    group: str | None = None,
+    cells: Sequence[Cell], base_dir: Path, *, workers: int = 1, devices: Sequence[str] | None = None, group: str = ""
 ) -> dict[Cell, str]:
     """Runs the cells that are not finished; returns those that failed, each with its reason in one line.
 
     Args:
-        workers: runs at a time.
-        devices: CUDA_VISIBLE_DEVICES for the first worker, the second, and so on around; None takes
-            the GPUs that are there. Without any, workers share the cores.
-        group: the runs' group on wandb, where WANDB_RUN_GROUP does not say otherwise.
+        workers: runs at a time. devices: CUDA_VISIBLE_DEVICES for the first worker, the second, and so on around; None
+        takes the GPUs that are there. Without any, workers share the cores. group: the runs' group on wandb, where
+        WANDB_RUN_GROUP does not say otherwise.
 
     Raises:
         Interrupted: by a signal, when no run is left alive; the next call continues them.
-        InputError: where base_dir cannot be written, or workers is not a number of workers.
+        InputError: base_dir cannot be written, or there cannot be that many workers.
     """
     if workers < 1:
         raise InputError(f"--workers must be at least 1, not {workers}")
@@ -146,8 +135,31 @@ def fill(
         import torch  # here, so that commands that run nothing need not wait for it
 
         devices = device_names(torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    variables = [environment(worker, workers, devices, group) for worker in range(workers)]
-    return _Job(Path(base_dir), variables).run(list(cells))
+    job = _Job(Path(base_dir), [environment(worker, workers, devices, group) for worker in range(workers)])
+    able = {cell.name: cell for cell in cells if not cell.refusal}  # two tables may ask for the same run
+    to_do = [cell for cell in able.values() if not finished(cell, job.base_dir)]
+    failed: dict[str, str] = {}  # by the cells' names
+    say = partial(print, file=sys.stderr, flush=True)
+    progress = Progress(len(able), "run", say, done=len(able) - len(to_do), leave=True)
+    with ending_by_signals(), ThreadPoolExecutor(workers) as pool, progress:
+        try:
+            pending = {pool.submit(job.fill, cell): cell for cell in to_do}
+            while pending:
+                for future in wait(pending, _LOOK, FIRST_COMPLETED).done:
+                    cell, reason = pending.pop(future), future.result()
+                    if reason == _HELD:
+                        pending[pool.submit(job.fill, cell)] = cell
+                        continue
+                    if reason:
+                        failed[cell.name] = reason
+                    progress.advance()
+                first, *others = [*job.running] or ["waiting for a run of another job" if pending else ""]
+                now = first + (f" and {len(others)} more" if others else "")
+                progress.show(now, f"{len(failed)} failed" if failed else "")
+        finally:
+            job.stopping.set()
+    reasons = {cell: cell.refusal or failed.get(cell.name) for cell in cells}
+    return {cell: reason for cell, reason in reasons.items() if reason}
 
 
 def environment(worker: int, workers: int, devices: Sequence[str], group: str | None) -> dict[str, str]:
@@ -163,57 +175,28 @@ def environment(worker: int, workers: int, devices: Sequence[str], group: str | 
     return variables
 
 
+@dataclass
 class _Job:
-    """One call of `fill`: a pool of threads, each of which waits for a run."""
+    """What the threads of one call of `fill` share; each waits for a run.
 
-    def __init__(self, base_dir: Path, variables: Sequence[dict[str, str]]) -> None:
-        """variables: of each worker's runs."""
-        self.base_dir, self.workers = base_dir, len(variables)
-        self.free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()  # the variables of workers without a run
-        for one in variables:
-            self.free.put(one)
-        self.running: dict[subprocess.Popen[bytes], str] = {}
-        self.gate = threading.Lock()  # no run starts once `stopping` is set
-        self.stopping = False
+    Attributes:
+        free: the variables of workers without a run. running: labels of the cells whose runs live. stopping: once it is
+        set, each thread ends its run and takes no other cell.
+    """
 
-    def run(self, cells: Sequence[Cell]) -> dict[Cell, str]:
-        able = {cell.name: cell for cell in cells if not cell.refusal}  # two tables may ask for the same run
-        to_do = [cell for cell in able.values() if not finished(cell, self.base_dir)]
-        failed: dict[str, str] = {}  # by the cells' names
-        say = partial(print, file=sys.stderr, flush=True)
-        progress = Progress(len(able), "run", say, done=len(able) - len(to_do), leave=True)
-        with ending_by_signals(), ThreadPoolExecutor(self.workers) as pool, progress:
-            try:
-                pending = {pool.submit(self._fill, cell): cell for cell in to_do}
-                while pending:
-                    for future in wait(pending, _LOOK, FIRST_COMPLETED).done:
-                        cell, reason = pending.pop(future), future.result()
-                        if reason == _HELD:
-                            pending[pool.submit(self._fill, cell)] = cell
-                            continue
-                        if reason:
-                            failed[cell.name] = reason
-                        progress.advance()
-                    progress.show(self._now(pending), f"{len(failed)} failed" if failed else "")
-            except BaseException:
-                self._end_all()
-                raise
-        reasons = {cell: cell.refusal or failed.get(cell.name) for cell in cells}
-        return {cell: reason for cell, reason in reasons.items() if reason}
+    base_dir: Path
+    free: list[dict[str, str]]
+    running: list[str] = field(default_factory=list)
+    stopping: threading.Event = field(default_factory=threading.Event)
 
-    def _now(self, pending: Collection[object]) -> str:
-        """What runs, in a few words."""
-        first, *others = list(self.running.values()) or ["waiting for a run of another job" if pending else ""]
-        return first + (f" and {len(others)} more" if others else "")
-
-    def _fill(self, cell: Cell) -> str | None:
+    def fill(self, cell: Cell) -> str | None:
         """Runs a cell unless it is done; returns why there are no figures, None where there are.
 
         Raises:
             InputError: its folder cannot be written.
         """
         folder, handed = self.base_dir / cell.name, list[int]()
-        if self.stopping:
+        if self.stopping.is_set():
             return None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -222,78 +205,60 @@ class _Job:
             raise InputError(f"cannot write under {folder} ({error.strerror}): choose --base_dir elsewhere") from None
         if lock is None:
             return _HELD
-        code, variables = None, self.free.get()
+        code, variables = None, self.free.pop()
         try:
             broken_off = interrupted(cell, self.base_dir)
-            if not finished(cell, self.base_dir) and broken_off:
+            if broken_off and not finished(cell, self.base_dir):
                 code = self._run(cell, ["--resume", str(broken_off)], variables, handed)
             # it refuses to resume where the model, the text or the settings changed since
             if not finished(cell, self.base_dir) and code in (None, UNUSABLE):
                 code = self._run(cell, cell.command(self.base_dir), variables, handed)
         finally:
-            self.free.put(variables)
+            self.free.append(variables)
             lock.release()
         if finished(cell, self.base_dir):
             return None
-        said = _last_words(folder / "console.log")
+        console = folder / "console.log"
+        said = (console.read_text(errors="replace").strip() or "it said nothing").splitlines()[-1].strip()
         if code == 0:
             said = "it ended, but not with the options that it was asked for: was the program changed meanwhile?"
-        return f"{said} (exit code {code}; {folder / 'console.log'})"
+        return f"{said} (exit code {code}; {console})"
 
     def _run(self, cell: Cell, argv: Sequence[str], variables: dict[str, str], handed: Sequence[int]) -> int | None:
-        """Runs the command to its end; returns its exit code, None where the job is stopping."""
-        with (self.base_dir / cell.name / "console.log").open("wb") as console, self.gate:
-            if self.stopping:
-                return None
+        """Runs the command to its end, or ends it where the job is stopping; returns its exit code."""
+        with (self.base_dir / cell.name / "console.log").open("wb") as console:
             process = subprocess.Popen(
                 [*COMMAND, *argv], stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, env=variables,
                 pass_fds=handed,  # the run holds the lock for as long as it lives, longer than this job maybe
             )  # fmt: skip
-            self.running[process] = cell.label
-        code = process.wait()
-        del self.running[process]
-        return code
-
-    def _end_all(self) -> None:
-        with self.gate:
-            self.stopping = True
-        for number, patience in _ENDING:
-            for process in list(self.running):
-                process.send_signal(number)
-            deadline = time.monotonic() + patience
-            while self.running and time.monotonic() < deadline:
-                time.sleep(0.05)
+        self.running.append(cell.label)
+        while process.poll() is None and not self.stopping.wait(_LOOK):
+            pass
+        for number, patience in _ENDING if self.stopping.is_set() else ():
+            process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
+        self.running.remove(cell.label)
+        return process.returncode
 
 
-def _runs(cell: Cell, base_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+def _runs(cell: Cell, base_dir: Path) -> dict[Path, dict[str, Any]]:
     """Run folders with a cell's options, the one started last first, and what their options.json says."""
-    found = []
-    for file in (base_dir / cell.name).glob("*/options.json"):
+    found = {}
+    for file in sorted((base_dir / cell.name).glob("*/options.json"), key=os.path.getmtime, reverse=True):
         try:
-            record, started = json.loads(file.read_text()), file.stat().st_mtime
-        except (OSError, ValueError):
+            record = json.loads(file.read_text())
+            known = without_own(DEFAULTS | record)  # a flag that an older version did not have does nothing by its default
+        except (OSError, ValueError, TypeError):
             continue
-        # an older version had fewer flags: a flag it did not know does nothing by its default
-        if isinstance(record, dict) and _settings(DEFAULTS | record) == _settings(cell.settings):
-            found.append((started, file.parent, record))
-    return [(folder, record) for _, folder, record in sorted(found, key=lambda run: run[0], reverse=True)]
-
-
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in without_own(record).items() if key not in PLACES}
-
-
-def _last_words(console: Path) -> str:
-    """The last line of a run's output, which gives the reason."""
-    lines = [line for line in console.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it said nothing"
+        if {name: value for name, value in known.items() if name not in PLACES} == without_own(cell.settings):
+            found[file.parent] = record
+    return found
 
 
 def device_names(count: int, visible: str | None) -> list[str]:
     """The GPUs that torch sees, as CUDA_VISIBLE_DEVICES calls them: what it says already (visible), else 0, 1, ..."""
-    if count and visible:
-        return visible.split(",")[:count]
-    return [str(i) for i in range(count)]
+    return (visible.split(",") if visible else [str(i) for i in range(count)])[:count]
 
 
 def _cores() -> int:

@@ -1,13 +1,12 @@
 """The paper's tables as data: which runs fill a table, and its figures once they are there.
 
 tables/NAME.json describes a table: its title and source, its models and text, and its rows, each the flags of a
-run. `vary` crosses every row that prunes with lists of values. Published figures are not in it: `published` names the
-table in metrics/paper_tables.json, where a row is found by model and name, or by what `published_rows` says.
+run. `vary` crosses every row that prunes with lists of values. Published figures are not in it: they stand under the
+table's name in metrics/paper_tables.json, by model and row.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,19 +16,18 @@ from typing import Any
 
 from sparsessm.commandline import words_of
 from sparsessm.errors import InputError
-from sparsessm.metrics.published import SEQLEN, TABLES
+from sparsessm.metrics.published import SEQLEN, TABLES, bare_name
 from sparsessm.options import DEFAULTS
 from sparsessm.report.wording import short_names
-from sparsessm.runs.experiment import Experiment, Line, repeated
+from sparsessm.runs.experiment import Experiment, Line, crossed, repeated
 from sparsessm.runs.grid import resolved_dataset, resolved_model
 
 FOLDER = Path(__file__).resolve().parent / "tables"
 MODELS = {size: f"state-spaces/mamba-{size}-hf" for size in ("130m", "370m", "790m", "1.4b", "2.8b")}
 MODELS |= {name: f"state-spaces/{name}" for name in ("mamba2-370m", "mamba2-780m")}
 
-# Flags that a row without a method takes too: how the perplexity is taken.
-_EVALUATION = ("seqlen", "eval_windows")
-_ORDER = {name: i for i, name in enumerate(DEFAULTS)}
+# What a row without a method takes too: how the perplexity is taken.
+_EVALUATION = ("dataset", "ppl_datasets", "seqlen", "eval_windows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +37,7 @@ class Table:
     Attributes:
         models: names as MODELS has them, hub ids or folders. dataset: for calibration. ppl_datasets: for perplexity.
         flags: of every run that prunes. rows: name -> further flags; a row without flags is the dense model.
-        vary: flag -> values. published: key in metrics/paper_tables.json. published_model: the one model that the
-        published figures are of, where they are not kept by model. published_rows: row -> keys of its figures there.
-        notes: what a reader should know of the published figures.
+        vary: flag -> values. notes: what a reader should know of the published figures.
     """
 
     name: str
@@ -53,17 +49,12 @@ class Table:
     rows: Mapping[str, Mapping[str, Any]]
     flags: Mapping[str, Any] = field(default_factory=dict)
     vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    published: str | None = None
-    published_model: str | None = None
-    published_rows: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
     def published_figures(self, model: str, row: str) -> dict[str, float]:
         """Published figures by column, of a model by its bare name (mamba-130m); empty where there are none."""
-        if self.published is None or self.published_model not in (None, model):
-            return {}
-        first, second = self.published_rows.get(row, (model, row))
-        return json.loads(TABLES.read_text())["tables"][self.published]["rows"].get(first, {}).get(second, {})
+        published = json.loads(TABLES.read_text())["tables"].get(self.name, {"rows": {}})
+        return published["rows"].get(model, {}).get(row, {})
 
 
 def names() -> list[str]:
@@ -76,11 +67,6 @@ def load(name: str) -> Table:
     if name not in names():
         raise InputError(f"there is no table {name}; there are: {', '.join(names())}")
     return Table(name=name, **json.loads((FOLDER / f"{name}.json").read_text()))
-
-
-def bare_name(model: str) -> str:
-    """The name of a model in a table: the last part of its id or path, without -hf."""
-    return Path(model).name.removesuffix("-hf")
 
 
 def model_names(models: Sequence[str]) -> dict[str, str]:
@@ -115,72 +101,54 @@ def experiment(
     for word in argv:
         if word.split("=")[0] in ("--save", "--base_dir", "--experiment_name", "--resume"):
             raise InputError(f"{word} would send all runs of the table to one place: leave it out")
-    vary = {flag: list(values) for flag, values in table.vary.items()}
+    vary = dict(table.vary)
     for flag, value in flags.items():
         if flag in vary:
             raise InputError(f"{table.name} varies --{flag} itself: leave --{flag} {value} out")
     calibration = [resolved_dataset(name) for name in dataset or [table.dataset]]
-    if "dataset" in vary:
-        vary["dataset"] = calibration if dataset else vary["dataset"]
+    if dataset and "dataset" in vary:
+        vary["dataset"] = calibration
     elif len(calibration) > 1:
         raise InputError(f"{table.name} is calibrated on one text: give --dataset one name")
     evaluation = [resolved_dataset(name) for name in ppl_datasets or dataset or table.ppl_datasets]
-    shared = {"dataset": calibration[0], "ppl_datasets": evaluation}
+    shared = {"dataset": calibration[0], "ppl_datasets": evaluation, **table.flags}
 
     lines = []
     for model, shown in model_names([resolved_model(MODELS.get(model, model)) for model in models or table.models]).items():
-        for row, varied, own in _rows(table, vary, only):
+        for row, own in _kept(table, only).items():
             prunes = "method" in own
-            if prunes:
-                own = {**shared, **table.flags, **own, **flags}
-            else:
-                own = shared | own | {flag: value for flag, value in flags.items() if flag in _EVALUATION}
-            name = ", ".join([row, *(f"{flag} {value}" for flag, value in varied.items())])
-            words = [*_argv(model, own), *argv]
-            cells = repeated(f"{shown}, {name}", words, seeds if prunes else None)  # a seed changes no dense run
-            published = table.published_figures(bare_name(model), name)
-            names = {"model": shown, "row": row} | varied
-            lines.append(Line(names=names, cells=cells, model=model, prunes=prunes, published=published))
+            for varied, said in crossed(vary if prunes else {}):
+                given = {**shared, **own, **varied, **flags}
+                asked = given if prunes else given.keys() & _EVALUATION
+                ordered = {flag: given[flag] for flag in sorted(asked, key=list(DEFAULTS).index)}  # as --help has them
+                words = [model, ordered.pop("dataset"), *words_of(ordered), *argv]
+                name = ", ".join([row, *(f"{flag} {value}" for flag, value in said.items())])
+                cells = repeated(f"{shown}, {name}", words, seeds if prunes else None)  # a seed changes no dense run
+                published = table.published_figures(bare_name(model), name)
+                names = {"model": shown, "row": row} | said
+                lines.append(Line(names=names, cells=cells, model=model, prunes=prunes, published=published))
     return Experiment(table.name, table.title, table.source, lines, _remarks(table, lines))
 
 
-def _rows(
-    table: Table, vary: Mapping[str, Sequence[Any]], only: Sequence[str] | None
-) -> list[tuple[str, dict[str, str], dict[str, Any]]]:
-    """Name, varied flags as text, and all flags of each line; what varies is crossed with every row that prunes."""
-    kept = {
-        row: flags for row, flags in table.rows.items() if only is None or row in only or flags.get("method") in only
-    }
-    unknown = set(only or ()) - kept.keys() - {flags.get("method") for flags in kept.values()}
+def _kept(table: Table, only: Sequence[str] | None) -> Mapping[str, Mapping[str, Any]]:
+    """The rows that are asked for by name or method, or all."""
+    only = list(table.rows) if only is None else only
+    kept = {row: flags for row, flags in table.rows.items() if row in only or flags.get("method") in only}
+    unknown = set(only) - kept.keys() - {flags.get("method") for flags in kept.values()}
     if unknown:
         raise InputError(f"{table.name} has no row {', '.join(sorted(unknown))}; it has: {', '.join(table.rows)}")
-    texts = short_names(vary.get("dataset", ()))
-    lines = []
-    for row, flags in kept.items():
-        for values in itertools.product(*vary.values()) if "method" in flags else [()]:
-            varied = dict(zip(vary, values, strict=False))  # no values for a row that is not pruned
-            said = {flag: texts[value] if flag == "dataset" else str(value) for flag, value in varied.items()}
-            lines.append((row, said, dict(flags) | varied))
-    return lines
-
-
-def _argv(model: str, flags: Mapping[str, Any]) -> list[str]:
-    """The arguments of a run, flags in the order of --help."""
-    names = sorted(flags.keys() - {"dataset"}, key=lambda name: (_ORDER.get(name, len(_ORDER)), name))
-    return [model, flags["dataset"], *words_of({name: flags[name] for name in names})]
+    return kept
 
 
 def _remarks(table: Table, lines: Sequence[Line]) -> list[str]:
     """What the reader of the figures should know."""
-    remarks: list[str] = []
-    if any(line.published for line in lines):
-        remarks += table.notes
-        unlike = []
-        for one in [cell.options for line in lines for cell in line.cells if not cell.refusal]:
-            unlike += [f"windows of {one.seqlen} tokens, not {SEQLEN}"] if one.seqlen != SEQLEN else []
-            unlike += ["the first windows of the text only"] if one.eval_windows is not None else []
-            if one.method and (one.nsamples, Path(one.dataset).name) != (table.flags["nsamples"], table.dataset):
-                unlike.append(f"calibrated on {one.nsamples} windows of {Path(one.dataset).name}")
-        if unlike:
-            remarks.append(f"Ours is not measured as the published figures were ({'; '.join(dict.fromkeys(unlike))}).")
-    return remarks
+    if not any(line.published for line in lines):
+        return []
+    unlike = []
+    for one in [cell.options for line in lines for cell in line.cells if not cell.refusal]:
+        unlike += [f"windows of {one.seqlen} tokens, not {SEQLEN}"] if one.seqlen != SEQLEN else []
+        unlike += ["the first windows of the text only"] if one.eval_windows is not None else []
+        if one.method and (one.nsamples, Path(one.dataset).name) != (table.flags["nsamples"], table.dataset):
+            unlike.append(f"calibrated on {one.nsamples} windows of {Path(one.dataset).name}")
+    said = f"Ours is not measured as the published figures were ({'; '.join(dict.fromkeys(unlike))})."
+    return [*table.notes, *([said] if unlike else [])]

@@ -6,7 +6,6 @@ each parameter. --log_wandb in `command` is for the agent; `log_wandb=true` amon
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 import yaml
 
 from sparsessm.errors import InputError
-from sparsessm.report.wording import short_names
-from sparsessm.runs.experiment import Experiment, Line, repeated
+from sparsessm.runs.experiment import Experiment, Line, crossed, repeated
 from sparsessm.runs.grid import resolved_dataset, resolved_model
 
 _RESOLVED = {"model_path": resolved_model, "dataset": resolved_dataset}
+# wandb's agent would hand over a list or a null as one word that main.py does not understand.
+_PLAIN = (str, int, float, bool)
 
 
 def load(file: Path, changes: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Experiment:
@@ -41,50 +41,41 @@ def load(file: Path, changes: Sequence[str] = (), seeds: Sequence[int] | None = 
         raise InputError(f"{file}: method {config.get('method')} needs wandb's server; here only grid can run")
     values = {name: _values(file, name, said) for name, said in config["parameters"].items()}
     values |= dict(_change(change) for change in changes)
-    values = {name: [_RESOLVED.get(name, _as_is)(value) for value in several] for name, several in values.items()}
+    values = {name: [_RESOLVED.get(name, str)(str(value)) for value in several] for name, several in values.items()}
 
     fixed = [str(word) for word in config.get("command", []) if not str(word).startswith("${") and word != "--log_wandb"]
     varied = [name for name, several in values.items() if len(several) > 1]
     if seeds and "seed" in values:
         raise InputError(f"{file}: seed is a parameter already: leave --seeds out")
-    shown = {name: short_names(map(str, several)) for name, several in values.items()}
     lines = []
-    for chosen in itertools.product(*values.values()):
-        point = dict(zip(values, chosen, strict=True))
-        names = {name: shown[name][str(point[name])] for name in varied}
+    for point, shown in crossed(values):
+        names = {name: shown[name] for name in varied}
         label = ", ".join(f"{name} {value}" for name, value in names.items()) or file.stem
         cells = repeated(label, [*fixed, *(f"--{name}={value}" for name, value in point.items())], seeds)
-        lines.append(Line(names=names or {"sweep": file.stem}, cells=cells, model=str(point.get("model_path"))))
+        lines.append(Line(names=names or {"sweep": file.stem}, cells=cells, model=point.get("model_path", "")))
     title = f"Sweep over {' and '.join(varied) or 'one point'}"
     return Experiment(str(config.get("name", file.stem)), title, str(file), lines)
 
 
 def _values(file: Path, name: str, said: Any) -> list[Any]:
     """The values of a parameter of the file."""
-    if isinstance(said, dict) and isinstance(said.get("values"), list) and said["values"]:
-        values = said["values"]
-    elif isinstance(said, dict) and "value" in said:
-        values = [said["value"]]
-    else:
+    said = said if isinstance(said, dict) else {}
+    values = said.get("values", [said["value"]] if "value" in said else [])
+    if not isinstance(values, list) or not values:
         raise InputError(f"{file}: parameter {name} needs value or a list values")
     for value in values:
-        # wandb's agent would hand over a list or a null as one word that main.py does not understand
-        if not isinstance(value, (str, int, float, bool)):
+        if not isinstance(value, _PLAIN):
             raise InputError(f"{file}: a value of {name} is {value!r}: give strings, numbers, true or false")
     return values
 
 
 def _change(text: str) -> tuple[str, list[Any]]:
-    name, equals, said = text.partition("=")
+    name, _, said = text.partition("=")
     try:
         value = yaml.safe_load(said)
     except yaml.YAMLError:
         value = None
     values = value if isinstance(value, list) else [value]
-    if not (name and equals and values and all(isinstance(one, (str, int, float, bool)) for one in values)):
+    if not (name and values and all(isinstance(one, _PLAIN) for one in values)):
         raise InputError(f"--set {text} is not NAME=VALUE or NAME=[VALUE, VALUE]")
     return name, values
-
-
-def _as_is(value: Any) -> Any:
-    return value

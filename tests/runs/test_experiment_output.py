@@ -148,8 +148,9 @@ def test_data_sets_of_one_name_keep_their_columns_apart(tmp_path):
     experiment = paper.experiment(paper.load("ssm_50"), models=["demo"], ppl_datasets=texts, only=["dense"])
     leave_run(tmp_path, experiment.cells[0], {str(folder): i for i, folder in enumerate(folders)})
     filled = fill_in(experiment, tmp_path, {})
-    assert filled.parts[PERPLEXITY] == ["a/news", "b/news"]
-    assert [filled.rows[0].figures[PERPLEXITY, column].mean for column in filled.parts[PERPLEXITY]] == [0, 1]
+    figures = filled.lines[0].figures[PERPLEXITY]
+    assert list(figures) == ["a/news", "b/news"]
+    assert [figure.mean for figure in figures.values()] == [0, 1]
 
 
 def test_other_settings_than_the_published_ones_are_said_where_figures_are_compared(tmp_path):
@@ -172,7 +173,7 @@ def test_a_mean_over_other_tasks_is_not_compared_with_the_published_average(tmp_
     scores = {"mine": {"value": 0.25}, "piqa": {"value": 0.75}, "mean": {"value": 0.5}}
     leave_run(tmp_path, experiment.cells[0], {"wikitext2": 1.0}, scores)
     filled = fill_in(experiment, tmp_path, {})
-    figures = {column: figure for (part, column), figure in filled.rows[0].figures.items() if part == ACCURACY}
-    assert filled.parts[ACCURACY][-2:] == ["mine", "mean"]
+    figures = filled.lines[0].figures[ACCURACY]
+    assert list(figures)[-2:] == ["mine", "mean"]
     assert (figures["piqa"].mean, figures["mine"].mean, figures["mean"].mean) == (75.0, 25.0, 50.0)
     assert figures["average"].published == 43.36 and figures["average"].mean is None

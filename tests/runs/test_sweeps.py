@@ -156,7 +156,7 @@ def test_seeds_repeat_every_run_and_make_mean_and_deviation(tmp_path):
     runs = [leave_run(tmp_path, cell, {"demo": value}, dense={"demo": 25.5})
             for cell, value in zip(sweep.cells, (27.0, 28.0, 30.0, None), strict=False)]  # fmt: skip
     filled = fill_in(sweep, tmp_path, {})
-    assert [row.state for row in filled.rows] == ["done", "to do", "to do", "to do"]
+    assert [line.state(*line.cells) for line in filled.lines] == ["done", "to do", "to do", "to do"]
     rows = [one for one in csv.DictReader(experiment_output.comma_separated(filled).splitlines()) if one["column"] == "demo"]
     assert float(rows[0]["ours"]) == pytest.approx(85 / 3)
     assert float(rows[0]["standard_deviation"]) == pytest.approx((7 / 3) ** 0.5)
