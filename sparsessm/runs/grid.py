@@ -244,16 +244,16 @@ class _Job:
 
 def _runs(cell: Cell, base_dir: Path) -> dict[Path, dict[str, Any]]:
     """Run folders with a cell's options, the one started last first, and what their options.json says."""
-    found = {}
-    for file in sorted((base_dir / cell.name).glob("*/options.json"), key=os.path.getmtime, reverse=True):
+    found = []
+    for file in (base_dir / cell.name).glob("*/options.json"):
         try:
-            record = json.loads(file.read_text())
+            started, record = file.stat().st_mtime, json.loads(file.read_text())
             known = without_own(DEFAULTS | record)  # a flag that an older version did not have does nothing by its default
         except (OSError, ValueError, TypeError):
             continue
         if {name: value for name, value in known.items() if name not in PLACES} == without_own(cell.settings):
-            found[file.parent] = record
-    return found
+            found.append((started, file.parent, record))
+    return {folder: record for _, folder, record in sorted(found, key=lambda run: run[0], reverse=True)}
 
 
 def device_names(count: int, visible: str | None) -> list[str]:

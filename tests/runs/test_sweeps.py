@@ -95,6 +95,14 @@ def test_changes_replace_parameters_and_add_others(tmp_path, text_folder):
     assert sweeps.load(file, ["log_wandb=true"]).cells[0].options.log_wandb
 
 
+def test_a_sweep_of_any_name_can_be_written(tmp_path):
+    text = "{method: grid, name: ../a/b c, parameters: {model_path: {value: demo}, dataset: {value: demo}}}"
+    filled = fill_in(sweeps.load(sweep_file(tmp_path, text)), tmp_path, {})
+    files = experiment_output.write(filled, tmp_path / "out")
+    assert [file.name for file in files] == [f"..-a-b c.{suffix}" for suffix in ("md", "csv", "tex", "json")]
+    assert all(file.is_file() and file.parent == tmp_path / "out" for file in files)
+
+
 def test_the_words_of_the_command_reach_the_runs(tmp_path):
     text = """{method: grid, command: ["${env}", "${interpreter}", "${program}", --log_wandb, --dtype, float32, "${args}"],
                parameters: {model_path: {value: demo}, dataset: {value: demo}}}"""
