@@ -82,7 +82,7 @@ class Looks:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.models = short_names(record.model for record in records)
-        self.sets = short_names(name for record in records for name in record.perplexity)
+        self.sets = short_names(name for record in records for name in record.metrics["perplexity"])
         by_method = grouped((record.method, record) for record in records)
         by_both = grouped(((record.method, record.model), record) for record in records)
         self._differing = {both: _differing(mine) for both, mine in by_both.items()}
@@ -94,8 +94,9 @@ class Looks:
     def words(self, record: Record, of_masks: bool = False) -> list[str]:
         """The options that a label names; of_masks: those that change the masks of A_log."""
         ignored = _OF_WEIGHTS if of_masks or "weights" not in record.parts else ()
-        chosen = {name: _value(record, name) for name in self._differing[record.method, record.model] if name not in ignored}
-        return [_option_words(name, value) for name, value in chosen.items() if value != DEFAULTS.get(name)]
+        names = [name for name in self._differing[record.method, record.model] if name not in ignored]
+        chosen = [(name, record.options.get(name)) for name in names]
+        return [_option_words(name, value) for name, value in chosen if value != DEFAULTS.get(name)]
 
     def label(self, record: Record, of_masks: bool = False) -> str:
         pattern = [record.pattern or ""] if record.options.get("prunem") else []
@@ -117,12 +118,8 @@ class Looks:
 def _differing(records: Sequence[Record]) -> list[str]:
     """Options in which runs of one method differ."""
     names = dict.fromkeys(name for record in records for name in record.options if name not in _NO_VARIANT)
-    found = {name: {repr(_value(record, name)) for record in records} for name in names}
+    found = {name: {repr(record.options.get(name)) for record in records} for name in names}
     return [name for name, values in found.items() if len(values) > 1 and not name.startswith(_NO_VARIANT_PREFIXES)]
-
-
-def _value(record: Record, name: str) -> object:
-    return record.options.get(name, DEFAULTS.get(name))
 
 
 def _option_words(name: str, value: object) -> str:

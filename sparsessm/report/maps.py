@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from sparsessm.report.looks import Looks
 from sparsessm.report.results import Record
-from sparsessm.report.wording import grouped, percent_text, plural, slug
+from sparsessm.report.wording import grouped, percent_text, plural
 
 # Channels side by side in a map of masks: of more, neighbours share a column.
 _MASK_COLUMNS = 384
@@ -21,24 +21,23 @@ _SAME_SHARE = 1e-3
 _PARTS = {"ssm": "A_log", "mixer": "mixer", "attention": "attention", "mlp": "MLP", "layers": "weights"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeatMap:
-    """Shares from 0 to 1 in cells; values[row][column], None where there is nothing. A row's name may be empty."""
+    """Shares from 0 to 1 in cells; values (rows,columns), NaN where there is nothing. A row's name may be empty."""
 
     kind: str
     key: str
     title: str
     note: str
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    values: tuple[tuple[float | None, ...], ...]
-    row_label: str
-    column_label: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: np.ndarray
+    row_label: str = ""
+    column_label: str = ""
 
     @property
     def description(self) -> str:
-        values = [value for row in self.values for value in row if value is not None]
-        return f"{self.title}, from {percent_text(min(values))} to {percent_text(max(values))}"
+        return f"{self.title}, from {percent_text(np.nanmin(self.values))} to {percent_text(np.nanmax(self.values))}"
 
 
 def run_maps(record: Record) -> tuple[list[HeatMap], str | None]:
@@ -54,10 +53,9 @@ def part_maps(records: Sequence[Record], looks: Looks) -> list[HeatMap]:
     maps = []
     for model, found in grouped((record.model, record) for record in hybrids).items():
         parts = [part for part in _PARTS if any(part in record.metrics["sparsity"] for record in found)]
-        values = tuple(tuple(record.metrics["sparsity"].get(part) for part in parts) for record in found)
-        names = tuple(looks.run(record) for record in found)
-        maps.append(HeatMap("parts", slug(f"parts {looks.models[model]}"), looks.models[model], "a row a run", names,
-                            tuple(_PARTS[part] for part in parts), values, "", ""))  # fmt: skip
+        values = np.array([[record.metrics["sparsity"].get(part, np.nan) for part in parts] for record in found])
+        maps.append(HeatMap("parts", f"parts {looks.models[model]}", looks.models[model], "a row a run",
+                            [looks.run(record) for record in found], [_PARTS[part] for part in parts], values))  # fmt: skip
     return maps
 
 
@@ -71,45 +69,46 @@ def share_map(record: Record) -> HeatMap | str | None:
     if max(shares.values()) - min(shares.values()) < _SAME_SHARE:
         mean = sum(shares.values()) / len(shares)
         return f"{percent_text(mean)} of {', '.join(modules)} in {plural(len(layers), 'layer')}"
-    values = tuple(tuple(shares.get((layer, module)) for layer in layers) for module in modules)
-    return HeatMap("shares", slug(f"shares {record.name}"), "Pruned share by module and layer", "", tuple(modules),
-                   tuple(map(str, layers)), values, "", "layer")  # fmt: skip
+    values = np.array([[shares.get((layer, module), np.nan) for layer in layers] for module in modules])
+    return HeatMap("shares", f"shares {record.name}", "Pruned share by module and layer", "", modules,
+                   [str(layer) for layer in layers], values, "", "layer")  # fmt: skip
 
 
 def state_map(record: Record) -> HeatMap | None:
     """Pruned share of A_log by layer and state, or head; the longer axis is horizontal."""
-    masks = {} if record.removes_parts else record.masks()
+    masks = record.masks()
     if not masks:
         return None
-    unit, shares = unit_of(masks), {layer: mask.double().mean(0).tolist() for layer, mask in masks.items()}
-    layers, states = tuple(map(str, shares)), tuple(map(str, range(max(map(len, shares.values())))))
-    values = [tuple(row[n] if n < len(row) else None for n in range(len(states))) for row in shares.values()]
-    title, key = f"Pruned share of A_log by layer and {unit}", slug(f"state shares {record.name}")
+    unit, layers = unit_of(masks), [str(layer) for layer in masks]
+    values = np.array([*zip_longest(*(mask.mean(0) for mask in masks.values()), fillvalue=np.nan)])  # (states,layers)
+    states = [str(n) for n in range(len(values))]
+    title, key = f"Pruned share of A_log by layer and {unit}", f"state shares {record.name}"
     if len(layers) > len(states):
-        return HeatMap("state_shares", key, title, "", states, layers, tuple(zip(*values, strict=True)), unit, "layer")
-    return HeatMap("state_shares", key, title, "", layers, states, tuple(values), "layer", f"{unit} index")
+        return HeatMap("state_shares", key, title, "", states, layers, values, unit, "layer")
+    return HeatMap("state_shares", key, title, "", layers, states, values.T, "layer", f"{unit} index")
 
 
 def mask_map(record: Record) -> HeatMap | None:
     """The masks of A_log themselves: for each layer a strip of N rows, named in its middle, and a gap."""
-    masks = {} if record.removes_parts else record.masks()
+    masks = record.masks()
     if not masks or unit_of(masks) == "head":
         return None  # of heads, state_map shows each
-    channels = max(len(mask) for mask in masks.values())
+    channels = max(map(len, masks.values()))
     per_column = -(-channels // _MASK_COLUMNS)
-    names, values = [], []
+    columns = [str(start) for start in range(0, channels, per_column)]
+    names, strips = [], []
     for layer, mask in masks.items():
-        shares = torch.stack([group.mean(0) for group in mask.double().split(per_column)], 1)  # (N,columns)
-        rows = [tuple(row) + (None,) * (-(-channels // per_column) - len(row)) for row in shares.tolist()]
-        gap = [(None,) * len(rows[0])] * max(1, len(rows) // 5)
-        names += [str(layer) if n == len(rows) // 2 else "" for n in range(len(rows) + len(gap))]
-        values += [*rows, *gap]
-    columns = tuple(str(n * per_column) for n in range(len(values[0])))
+        D, N = mask.shape
+        shares = [mask[start : start + per_column].mean(0) for start in range(0, D, per_column)]
+        strip = np.full((N + max(1, N // 5), len(columns)), np.nan)
+        strip[:N, : len(shares)] = np.transpose(shares)
+        names += [str(layer) if n == N // 2 else "" for n in range(len(strip))]
+        strips.append(strip)
     note = "states from top to bottom" + (f", {per_column} channels to a column" if per_column > 1 else "")
-    return HeatMap("masks", slug(f"masks {record.name}"), "Masks of A_log", note, tuple(names), columns, tuple(values),
-                   "layer", "channel")  # fmt: skip
+    values = np.concatenate(strips)
+    return HeatMap("masks", f"masks {record.name}", "Masks of A_log", note, names, columns, values, "layer", "channel")
 
 
-def unit_of(masks: Mapping[int, Tensor]) -> str:
+def unit_of(masks: Mapping[int, np.ndarray]) -> str:
     """What the columns of masks are: Mamba-2 has one row, and a column for each head."""
     return "head" if all(len(mask) == 1 for mask in masks.values()) else "state"

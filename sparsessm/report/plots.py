@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+import numpy as np
+
 from sparsessm.errors import storing
 from sparsessm.files import write_whole
 from sparsessm.report.charts import Axis, LineChart, Picture, pictures
 from sparsessm.report.looks import COLOURS, DASHES, HEAT, MARKERS, Style
 from sparsessm.report.maps import HeatMap
 from sparsessm.report.results import Record
-from sparsessm.report.wording import clipped, number_text, percent_text
+from sparsessm.report.wording import clipped, number_text, percent_text, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,9 +52,8 @@ _LONGEST = 60  # letters of a name
 
 def svg(picture: Picture) -> str:
     """An <svg> element for a page: its text is text, its colours are the page's variables, its ids are its own."""
-    notes: list[str] = []
     stream = io.BytesIO()
-    with _drawn(picture, notes, titled=False) as figure:
+    with _drawn(picture, titled=False) as figure:
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
         top, (width, height) = _TITLE - 0.12, figure.get_size_inches()  # the page has a title of its own
     root = ElementTree.fromstring(stream.getvalue())
@@ -62,7 +63,7 @@ def svg(picture: Picture) -> str:
             name = element.attrib.pop("id", "")
             if name.startswith("note-"):
                 title = ElementTree.Element(f"{{{_SVG}}}title")
-                title.text = notes[int(name.removeprefix("note-"))]
+                title.text = name.removeprefix("note-")
                 element.insert(0, title)
         if "style" in element.attrib:
             style = re.sub(r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), element.attrib["style"])
@@ -84,7 +85,7 @@ def write_plots(records: Sequence[Record], folder: Path) -> list[str]:
     with storing(f"--plots {folder}", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         for picture in pictures(records):
-            name = picture.key
+            name = slug(picture.key)
             while name in names:
                 name += "-"  # two names that differ in odd characters alone
             _write(picture, [folder / f"{name}.{kind}" for kind in ("png", "pdf")])
@@ -103,22 +104,22 @@ def write_run_plots(record: Record, folder: Path) -> dict[str, Path]:
 
 
 def _write(picture: Picture, files: Sequence[Path]) -> None:
-    with _drawn(picture, [], titled=True) as figure:
+    with _drawn(picture, titled=True) as figure:
         for file in files:
             kind = file.suffix[1:]
             write_whole(file, partial(figure.savefig, format=kind, metadata=_NO_STAMP[kind]))
 
 
 @contextmanager
-def _drawn(picture: Picture, notes: list[str], titled: bool) -> Iterator[Figure]:
-    """The picture as a figure, which is to be written inside; appends the notes of its points, named note-0, note-1 ..."""
+def _drawn(picture: Picture, titled: bool) -> Iterator[Figure]:
+    """The picture as a figure, which is to be written inside."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({**_STYLE, "svg.hashsalt": picture.key}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font does not have
         figure = Figure()  # not pyplot's, whose list of open figures would grow
-        axes = _line_chart(figure, picture, notes) if isinstance(picture, LineChart) else _heat_map(figure, picture)
+        axes = _line_chart(figure, picture) if isinstance(picture, LineChart) else _heat_map(figure, picture)
         if titled:
             axes.set_title("\n".join(clipped(text, _LONGEST + 8) for text in (picture.title, picture.note) if text))
         yield figure
@@ -131,7 +132,7 @@ def _axes(figure: Figure, left: float, right: float, height: float, bottom: floa
     return figure.add_axes((left / width, bottom / total, 1 - (left + right) / width, height / total))
 
 
-def _line_chart(figure: Figure, chart: LineChart, notes: list[str]) -> Axes:
+def _line_chart(figure: Figure, chart: LineChart) -> Axes:
     from matplotlib.lines import Line2D
 
     names = [clipped(series.label, _LONGEST) for series in chart.series]
@@ -145,11 +146,11 @@ def _line_chart(figure: Figure, chart: LineChart, notes: list[str]) -> Axes:
     if chart.level:
         axes.axhline(chart.level[0], **level)
     for series, look in zip(chart.series, looks, strict=False):
-        shown = {"marker": ""} if series.points else {"markevery": 0.08 if len(series.line) > 24 else 1}
-        axes.plot([x for x, _ in series.line], [y for _, y in series.line], **(look | shown))
-        for x, y, note in series.points:
-            axes.plot([x], [y], **(look | {"linestyle": "none"}), gid=f"note-{len(notes)}")
-            notes.append(clipped(note, 400))
+        line, noted = series.line, [point for point in series.points if point[2]]
+        shown = {"marker": ""} if noted else {"markevery": 0.08 if len(line) > 24 else 1}
+        axes.plot([x for x, _ in line], [y for _, y in line], **(look | shown))
+        for x, y, note in noted:
+            axes.plot([x], [y], **(look | {"linestyle": "none"}), gid=f"note-{clipped(note, 400)}")
     _set_axis(axes, "x", chart.x)
     _set_axis(axes, "y", chart.y)
     handles = [Line2D([], [], **look) for look in looks]
@@ -187,7 +188,6 @@ def _set_axis(axes: Axes, which: str, about: Axis) -> None:
 
 
 def _heat_map(figure: Figure, table: HeatMap) -> Axes:
-    import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
 
     rows, columns = len(table.rows), len(table.columns)
@@ -197,7 +197,7 @@ def _heat_map(figure: Figure, table: HeatMap) -> Axes:
     axes = _axes(figure, left, 1.1, max(0.9, most), 0.45)
     place, (across, down) = axes.get_position(), figure.get_size_inches()
     width, height = across * place.width / columns, down * place.height / rows  # of a cell
-    values = np.array([[np.nan if value is None else value for value in row] for row in table.values])
+    values = table.values
     low, high = math.floor(np.nanmin(values) * 100 + 1e-9) / 100, math.ceil(np.nanmax(values) * 100 - 1e-9) / 100
     shades = LinearSegmentedColormap.from_list("shares", [(HEAT, 0.06), (HEAT, 0.75)])  # they stand on any ground
     shown = axes.imshow(values, cmap=shades, vmin=low, vmax=max(high, low + 0.01), aspect="auto", interpolation="none")
