@@ -120,7 +120,7 @@ def _results(records: Sequence[Record], looks: Looks) -> Iterator[list[Cell]]:
             value, level = r.metrics["perplexity"].get(name), dense.get((r.model, name, protocol(r)))
             above = None if value is None or level is None or r.method == "dense" else value - level
             cells += [Cell(f"perplexity {short}", value, figure_text), Cell(f"above dense {short}", above, figure_text)]
-        cells.append(Cell("zero\u2011shot mean", r.zero_shot.get("mean"), lambda share: percent_text(share, 2)))
+        cells.append(Cell("zero\u2011shot mean", r.metrics["zero_shot"].get("mean"), lambda share: percent_text(share, 2)))
         cells.append(Cell("seconds", sum(r.metrics["seconds"].values()), "{:.1f}".format))
         for place in places:
             head = "peak memory" if place == "process" else f"peak {place}"

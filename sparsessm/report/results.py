@@ -11,8 +11,7 @@ import os
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -30,8 +29,6 @@ from sparsessm.report.tables import with_infinite
 # Layer, and what it is called in it without the name of the mixer.
 _PARAMETER = re.compile(r"(?:^|\.)[a-z]+\.(\d+)\.(?:\w+\.(?!weight$))?(.+?)(?:\.weight)?$")
 
-_SAID_APART = ("model", "dataset", *PLACES)
-
 _MOST = 1e300  # no figure of a run is as large, and what draws it computes with powers of ten
 
 
@@ -42,16 +39,21 @@ class Record:
     Attributes:
         folder: of the run. name: the same below the folder that was searched, with forward slashes.
         options: with the defaults of those that the run did not know, and without what the method has by itself.
-        metrics: the content of metrics.json. events: of events.jsonl, in order.
+        metrics: the content of metrics.json, of "zero_shot" the accuracy by task, and "mean" over all of them.
         shares: pruned share by (layer, module), A_log among the modules.
+        sensitivities: by module and layer, where the run took them.
+        removals: perplexity on the calibration text after each removed layer or SSM, in the order of removal.
+        memory_after: peak bytes so far, by phase and place, at the end of each phase of the process that ended the run.
     """
 
     folder: Path
     name: str
     options: dict[str, Any]
     metrics: dict[str, Any]
-    events: Sequence[dict[str, Any]]
     shares: dict[tuple[int, str], float]
+    sensitivities: dict[str, dict[int, float]]
+    removals: dict[int, float]
+    memory_after: dict[str, dict[str, float]]
 
     @property
     def model(self) -> str:
@@ -96,46 +98,6 @@ class Record:
         return WHOLE.get(self.options["structure"] or self._recipe.structure, "") if self.options["prune_A"] else ""
 
     @property
-    def zero_shot(self) -> dict[str, float]:
-        """Accuracy by task, and "mean" over all of them."""
-        figures = self.metrics["zero_shot"].items()
-        return {name: f["value"] for name, f in figures if isinstance(f, dict) and _is_number(f.get("value"))}
-
-    @property
-    def _figures_by_layer(self) -> Iterator[tuple[Any, int, dict[str, float]]]:
-        """Phase, layer and figures of each event of a layer."""
-        for event in self.events:
-            if event.get("event") == "layer" and _is_whole(event.get("layer")):
-                figures = _numbers(event).items()
-                yield event.get("phase"), event["layer"], {k: v for k, v in figures if k not in ("layer", "seconds")}
-
-    @property
-    def sensitivities(self) -> dict[str, dict[int, float]]:
-        """Sensitivity by module and layer, where the run took it."""
-        found: dict[str, dict[int, float]] = defaultdict(dict)
-        for phase, layer, figures in self._figures_by_layer:
-            for module, value in figures.items() if phase == "sensitivity" else ():
-                found[module][layer] = value
-        return dict(found)
-
-    @property
-    def removals(self) -> dict[int, float]:
-        """Perplexity on the calibration text after each removed layer or SSM, in the order of removal."""
-        steps = self._figures_by_layer if self._recipe.removes_parts else ()
-        return {layer: float(figures["perplexity"]) for _, layer, figures in steps if figures.get("perplexity", 0) > 0}
-
-    @property
-    def memory_after(self) -> dict[str, dict[str, float]]:
-        """Peak bytes so far, by place, at the end of each phase of the process that ended the run."""
-        found: dict[str, dict[str, float]] = {}
-        for event in self.events:
-            if event.get("event") == "phase" and isinstance(event.get("peak_memory_bytes"), dict):
-                if event.get("phase") == "load":
-                    found.clear()  # a resumed run starts again, in another process
-                found[str(event.get("phase"))] = _numbers(event["peak_memory_bytes"])
-        return found
-
-    @property
     def aggregation(self) -> tuple[str, float | None] | None:
         """(rule, parameter) by which scores over time became one; None where no score was taken over time."""
         saliency = SALIENCIES.get(self.options["saliency"] or self._recipe.saliency or "")
@@ -148,8 +110,8 @@ class Record:
     @property
     def command(self) -> str:
         """The arguments after `python` that repeat this run, without paths of outputs."""
-        known = {name: value for name, value in self.options.items() if name in DEFAULTS and name not in _SAID_APART}
-        changed = {name: value for name, value in known.items() if value is not None and value != DEFAULTS[name]}
+        names = [name for name in DEFAULTS if name not in ("model", "dataset", *PLACES)]
+        changed = {name: self.options[name] for name in names if self.options[name] not in (None, DEFAULTS[name])}
         return shlex.join(["main.py", self.model, str(self.options["dataset"]), *words_of(changed)])
 
     def masks(self) -> dict[int, np.ndarray]:
@@ -222,10 +184,12 @@ def read_run(folder: Path, name: str | None = None) -> Record:
     metrics = {"zero_shot": {}, "dense_perplexity": {}, "versions": {}, **_read_json(folder / "metrics.json")}
     _check("options.json", options, _OPTIONS)
     _check("metrics.json", metrics, _METRICS)
+    metrics |= {key: with_infinite(metrics[key]) for key in ("perplexity", "dense_perplexity")}
+    tasks = {task: figure.get("value") for task, figure in metrics["zero_shot"].items() if isinstance(figure, dict)}
     record = Record(
         folder=folder, name=name or "/".join(folder.absolute().parts[-2:]), options=without_own(options),
-        metrics=metrics | {key: with_infinite(metrics[key]) for key in ("perplexity", "dense_perplexity")},
-        events=_read_events(folder / "events.jsonl"), shares=_read_shares(folder / "sparsity.json"),
+        metrics=metrics | {"zero_shot": _numbers(tasks)}, shares=_read_shares(folder / "sparsity.json"),
+        **_read_events(folder / "events.jsonl"),
     )  # fmt: skip
     record.masks()  # a file that cannot be read is found here, not when they are drawn
     return record
@@ -250,7 +214,7 @@ def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(values: Mapping[Any, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if _is_number(value)}
 
 
@@ -303,10 +267,25 @@ def _read_shares(path: Path) -> dict[tuple[int, str], float]:
     return found
 
 
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole: a killed run may have left half a one."""
-    events = []
+def _read_events(path: Path) -> dict[str, dict[Any, Any]]:
+    """What a record has of its events; a line that is not as expected, as the last one of a killed run, is passed over."""
+    sensitivities: dict[str, dict[int, float]] = defaultdict(dict)
+    removals: dict[int, float] = {}
+    memory_after: dict[str, dict[str, float]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError, RecursionError):
-            events.append(json.loads(line))
-    return [event for event in events if isinstance(event, dict)]
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        match event:
+            case {"event": "layer", "phase": "sensitivity", "layer": layer, **figures} if _is_whole(layer):
+                for module, value in _numbers(figures).items():
+                    if module != "seconds":
+                        sensitivities[module][layer] = value
+            case {"event": "layer", "layer": layer, "perplexity": value} if _is_whole(layer) and _is_number(value):
+                removals[layer] = value
+            case {"event": "phase", "phase": phase, "peak_memory_bytes": dict(peaks)}:
+                if phase == "load":
+                    memory_after.clear()  # a resumed run starts again, in another process
+                memory_after[str(phase)] = _numbers(peaks)
+    return {"sensitivities": dict(sensitivities), "removals": removals, "memory_after": memory_after}
