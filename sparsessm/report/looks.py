@@ -60,8 +60,6 @@ def method_style(method: str, variant: int = 0) -> Style:
     """The style of a method; variant: which of its variants."""
     number = zlib.crc32(method.encode())  # a method that is not in the table: the same look in every report
     style = METHOD_STYLES.get(method) or Style(number % 6, number // 6 % len(MARKERS), 3)
-    if not variant:
-        return style
     marker, dash = (style.marker + variant) % len(MARKERS), (style.dash + variant) % len(DASHES)
     return Style(style.colour, marker, dash, hollow=variant % 2 == 1)
 
@@ -83,13 +81,10 @@ class Looks:
     def __init__(self, records: Sequence[Record]) -> None:
         self.models = short_names(record.model for record in records)
         self.sets = short_names(name for record in records for name in record.metrics["perplexity"])
-        by_method = grouped((record.method, record) for record in records)
-        by_both = grouped(((record.method, record.model), record) for record in records)
-        self._differing = {both: _differing(mine) for both, mine in by_both.items()}
-        self.styles: dict[str, Style] = {}
-        for method, mine in by_method.items():
-            labels = {self.label(record, of_masks) for record in mine for of_masks in (False, True)}
-            self.styles |= {label: method_style(method, index) for index, label in enumerate(sorted(labels))}
+        comparable = grouped(((record.method, record.model), record) for record in records)
+        self._differing = {both: _differing(mine) for both, mine in comparable.items()}
+        labels = grouped(sorted({(r.method, self.label(r, of_masks)) for r in records for of_masks in (False, True)}))
+        self.styles = {label: method_style(one, i) for one, mine in labels.items() for i, label in enumerate(mine)}
 
     def words(self, record: Record, of_masks: bool = False) -> list[str]:
         """The options that a label names; of_masks: those that change the masks of A_log."""
@@ -99,7 +94,7 @@ class Looks:
         return [_option_words(name, value) for name, value in chosen if value != DEFAULTS.get(name)]
 
     def label(self, record: Record, of_masks: bool = False) -> str:
-        pattern = [record.pattern or ""] if record.options.get("prunem") else []
+        pattern = [record.pattern or ""] if record.options["prunem"] else []
         return ", ".join([record.method, *pattern, *self.words(record, of_masks)])
 
     def style(self, record: Record) -> Style:
@@ -110,8 +105,8 @@ class Looks:
         if not record.parts:
             return record.method
         share = "" if record.sparsity is None else f" {percent_text(record.sparsity)}"
-        pattern = [record.pattern or ""] if record.options.get("prunem") else []
-        seed = [f"seed {record.options['seed']}"] if record.options.get("seed") else []
+        pattern = [record.pattern or ""] if record.options["prunem"] else []
+        seed = [f"seed {record.options['seed']}"] if record.options["seed"] else []
         return ", ".join([record.method, f"{' + '.join(record.parts)}{share}", *pattern, *self.words(record), *seed])
 
 
