@@ -18,9 +18,8 @@ from urllib.parse import quote
 
 from sparsessm.errors import InputError, storing
 from sparsessm.files import write_whole
-from sparsessm.report.charts import Picture, dense_perplexities, pictures, protocol
 from sparsessm.report.looks import Looks
-from sparsessm.report.maps import run_maps
+from sparsessm.report.pictures import Picture, dense_perplexities, pictures, protocol, run_maps
 from sparsessm.report.plots import svg
 from sparsessm.report.results import Record, Runs
 from sparsessm.report.wording import bytes_text, figure_text, grouped, number_text, percent_text, plural

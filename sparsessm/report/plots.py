@@ -1,4 +1,4 @@
-"""Draws the pictures of charts.py and maps.py by matplotlib: SVG for the page, PNG and PDF for papers and for wandb."""
+"""Draws the pictures of pictures.py by matplotlib: SVG for the page, PNG and PDF for papers and for wandb."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import numpy as np
 
 from sparsessm.errors import storing
 from sparsessm.files import write_whole
-from sparsessm.report.charts import Axis, LineChart, Picture, pictures
 from sparsessm.report.looks import COLOURS, DASHES, HEAT, MARKERS, Style
-from sparsessm.report.maps import HeatMap
+from sparsessm.report.pictures import Axis, HeatMap, LineChart, Picture, pictures
 from sparsessm.report.results import Record
 from sparsessm.report.wording import clipped, number_text, percent_text, slug
 
@@ -197,21 +196,20 @@ def _heat_map(figure: Figure, table: HeatMap) -> Axes:
     axes = _axes(figure, left, 1.1, max(0.9, most), 0.45)
     place, (across, down) = axes.get_position(), figure.get_size_inches()
     width, height = across * place.width / columns, down * place.height / rows  # of a cell
-    values = table.values
-    low, high = math.floor(np.nanmin(values) * 100 + 1e-9) / 100, math.ceil(np.nanmax(values) * 100 - 1e-9) / 100
+    low = math.floor(np.nanmin(table.values) * 100 + 1e-9) / 100
+    high = max(low + 0.01, math.ceil(np.nanmax(table.values) * 100 - 1e-9) / 100)
     shades = LinearSegmentedColormap.from_list("shares", [(HEAT, 0.06), (HEAT, 0.75)])  # they stand on any ground
-    shown = axes.imshow(values, cmap=shades, vmin=low, vmax=max(high, low + 0.01), aspect="auto", interpolation="none")
+    shown = axes.imshow(table.values, cmap=shades, vmin=low, vmax=high, aspect="auto", interpolation="none")
     axes.set(xlabel=table.column_label, ylabel=table.row_label)
     every = _every(_LETTER * (0.5 + max(map(len, table.columns))) / width)
     axes.set_xticks(range(0, columns, every), table.columns[::every])
     every = _every(0.16 / (height * rows / len(names)))
     axes.set_yticks(list(names)[::every], list(names.values())[::every])
     if width > 0.22 and height > 0.15:
-        for i, j in np.argwhere(~np.isnan(values)):
-            axes.text(j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", fontsize=7)
+        for i, j in np.argwhere(~np.isnan(table.values)):
+            axes.text(j, i, f"{100 * table.values[i, j]:.0f}", ha="center", va="center", fontsize=7)
     cax = figure.add_axes((1 - 0.95 / across, place.y0, 0.12 / across, place.height))
-    ticks = [low, max(high, low + 0.01)]
-    bar = figure.colorbar(shown, cax=cax, label="pruned share", format=percent_text, ticks=ticks)
+    bar = figure.colorbar(shown, cax=cax, label="pruned share", format=percent_text, ticks=[low, high])
     assert bar.solids is not None
     bar.solids.set(rasterized=True, edgecolor="none")
     bar.outline.set_visible(False)

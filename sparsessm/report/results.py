@@ -103,7 +103,7 @@ class Record:
         saliency = SALIENCIES.get(self.options["saliency"] or self._recipe.saliency or "")
         rule = self.options["aggregate"] or self._recipe.aggregate
         over_time = saliency is not None and saliency.needs and not saliency.interacts and not self._recipe.obs_on_A_log
-        if "A_log" not in self.parts or not over_time or rule not in AGGREGATES:
+        if "A_log" not in self.parts or not over_time or rule not in AGGREGATES or self.options["seqlen"] < 2:
             return None
         return rule, self.options[f"time_{rule}"] if rule in TIME_PARAMETERS else None
 
@@ -196,9 +196,7 @@ def read_run(folder: Path, name: str | None = None) -> Record:
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    methods = list(METHODS)
-    rank = methods.index(record.method) if record.method in METHODS else len(methods)
-    alpha, seed = record.options["alpha"], record.options["seed"]
+    rank, alpha, seed = [*METHODS, record.method].index(record.method), record.options["alpha"], record.options["seed"]
     return record.model, record.parts, record.sparsity or 0.0, rank, record.method, alpha, seed, record.name
 
 

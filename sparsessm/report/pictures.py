@@ -1,18 +1,17 @@
-"""The content of each chart, as data that plots.py draws; `pictures` are all pictures of any number of runs."""
+"""The content of each picture, as data that plots.py draws; `pictures` are all pictures of any number of runs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from statistics import fmean
 
 import numpy as np
 
 from sparsessm.pruning.aggregation import time_weights
 from sparsessm.report.looks import Looks, Style, plain_style
-from sparsessm.report.maps import HeatMap, part_maps, run_maps, unit_of
 from sparsessm.report.results import Record
 from sparsessm.report.wording import figure_text, grouped, number_text, percent_text, plural
 
@@ -20,6 +19,14 @@ from sparsessm.report.wording import figure_text, grouped, number_text, percent_
 _LOG_FROM = 6.0
 
 _PARAMETER_LETTERS = {"power": "p", "discount": "g", "window": "k"}
+
+# Channels side by side in a map of masks: of more, neighbours share a column.
+_MASK_COLUMNS = 384
+
+# A share that differs by less than this from layer to layer is one share, up to rounding.
+_SAME_SHARE = 1e-3
+
+_PARTS = {"ssm": "A_log", "mixer": "mixer", "attention": "attention", "mlp": "MLP", "layers": "weights"}
 
 _Point = tuple[float, float, str]  # x, y, and a note for a reader who points there
 
@@ -71,6 +78,25 @@ class LineChart:
         values = [", ".join(f"{number_text(y)} at {words(x)}" for x, y in series.line[:12]) for series in self.series]
         told = [f"{series.label}: {each}" for series, each in zip(self.series, values, strict=True)]
         return f"{self.title}. {self.y.label.splitlines()[0]} against {self.x.label}. {'; '.join(told)}"
+
+
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """Shares from 0 to 1 in cells; values (rows,columns), NaN where there is nothing. A row's name may be empty."""
+
+    kind: str
+    key: str
+    title: str
+    note: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: np.ndarray
+    row_label: str = ""
+    column_label: str = ""
+
+    @property
+    def description(self) -> str:
+        return f"{self.title}, from {percent_text(np.nanmin(self.values))} to {percent_text(np.nanmax(self.values))}"
 
 
 Picture = LineChart | HeatMap
@@ -181,9 +207,7 @@ def sensitivity_charts(records: Sequence[Record], looks: Looks) -> Iterator[Line
 
 def weight_charts(records: Sequence[Record], looks: Looks) -> Iterator[LineChart]:
     """The weights over time of the aggregations that the runs used: a chart for each length of a window."""
-    lengths = grouped(
-        (r.options["seqlen"], (r.aggregation, r)) for r in records if r.aggregation and r.options["seqlen"] > 1
-    )
+    lengths = grouped((r.options["seqlen"], (r.aggregation, r)) for r in records if r.aggregation)
     for L, mine in sorted(lengths.items()):
         series = []
         for (rule, parameter), found in sorted(grouped(mine).items(), key=lambda item: str(item[0])):
@@ -215,3 +239,78 @@ def _axis(label: str, values: Sequence[float]) -> Axis:
         return Axis(f"{label}\n(log scale)", scale="log")
     linear_to = 10.0 ** math.ceil(math.log10(max(middle, high / 1e4, 1e-4)))
     return Axis(f"{label}\n(log scale beyond {number_text(linear_to)})", scale="symlog", linear_to=linear_to)
+
+
+def run_maps(record: Record) -> tuple[list[HeatMap], str | None]:
+    """The maps of a run; and in words the shares by module, where they are the same everywhere."""
+    shares = share_map(record)
+    maps = [one for one in (shares, state_map(record), mask_map(record)) if isinstance(one, HeatMap)]
+    return maps, shares if isinstance(shares, str) else None
+
+
+def part_maps(records: Sequence[Record], looks: Looks) -> Iterator[HeatMap]:
+    """For each hybrid, a row a run: the pruned share of A_log, and of the weights of mixer, attention and MLP."""
+    hybrids = [r for r in records if {"attention", "mlp"} & r.metrics["sparsity"].keys() and r.parts]
+    for model, found in grouped((record.model, record) for record in hybrids).items():
+        parts = [part for part in _PARTS if any(part in record.metrics["sparsity"] for record in found)]
+        values = np.array([[record.metrics["sparsity"].get(part, np.nan) for part in parts] for record in found])
+        yield HeatMap("parts", f"parts {looks.models[model]}", looks.models[model], "a row a run",
+                      [looks.run(record) for record in found], [_PARTS[part] for part in parts], values)  # fmt: skip
+
+
+def share_map(record: Record) -> HeatMap | str | None:
+    """Pruned share by module and layer; in words where it is the same everywhere; None where none is known."""
+    shares = record.shares
+    if not shares:
+        return None
+    layers = sorted({layer for layer, _ in shares})
+    modules = list(dict.fromkeys(module for _, module in shares))  # in the order in which they were pruned
+    if max(shares.values()) - min(shares.values()) < _SAME_SHARE:
+        mean = sum(shares.values()) / len(shares)
+        return f"{percent_text(mean)} of {', '.join(modules)} in {plural(len(layers), 'layer')}"
+    values = np.array([[shares.get((layer, module), np.nan) for layer in layers] for module in modules])
+    return HeatMap("shares", f"shares {record.name}", "Pruned share by module and layer", "", modules,
+                   [str(layer) for layer in layers], values, "", "layer")  # fmt: skip
+
+
+def state_map(record: Record) -> HeatMap | None:
+    """Pruned share of A_log by layer and state, or head; the longer axis is horizontal."""
+    masks = record.masks()
+    if not masks:
+        return None
+    unit, layers = unit_of(masks), [str(layer) for layer in masks]
+    values = _padded([mask.mean(0) for mask in masks.values()])
+    states = [str(n) for n in range(values.shape[1])]
+    title, key = f"Pruned share of A_log by layer and {unit}", f"state shares {record.name}"
+    if len(layers) > len(states):
+        return HeatMap("state_shares", key, title, "", states, layers, values.T, unit, "layer")
+    return HeatMap("state_shares", key, title, "", layers, states, values, "layer", f"{unit} index")
+
+
+def mask_map(record: Record) -> HeatMap | None:
+    """The masks of A_log themselves: for each layer a strip of N rows, named in its middle, and a gap."""
+    masks = record.masks()
+    if not masks or unit_of(masks) == "head":
+        return None  # of heads, state_map shows each
+    channels = max(map(len, masks.values()))
+    per_column = -(-channels // _MASK_COLUMNS)
+    names, rows = [], []
+    for layer, mask in masks.items():
+        D, N = mask.shape
+        strip = np.transpose([mask[start : start + per_column].mean(0) for start in range(0, D, per_column)]).tolist()
+        strip += [[]] * max(1, N // 5)
+        names += [str(layer) if n == N // 2 else "" for n in range(len(strip))]
+        rows += strip
+    columns, values = [str(start) for start in range(0, channels, per_column)], _padded(rows)
+    note = "states from top to bottom" + (f", {per_column} channels to a column" if per_column > 1 else "")
+    return HeatMap("masks", f"masks {record.name}", "Masks of A_log", note, names, columns, values, "layer", "channel")
+
+
+def _padded(rows: Iterable[Sequence[float]]) -> np.ndarray:
+    """Rows as an array; NaN where a row is shorter than the longest."""
+    return np.array([*zip_longest(*rows, fillvalue=np.nan)]).T
+
+
+def unit_of(masks: Mapping[int, np.ndarray]) -> str:
+    """What the columns of masks are: Mamba-2 has one row, and a column for each head."""
+    return "head" if all(len(mask) == 1 for mask in masks.values()) else "state"
