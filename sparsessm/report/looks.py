@@ -87,15 +87,15 @@ class Looks:
         self.styles = {label: method_style(one, i) for one, mine in labels.items() for i, label in enumerate(mine)}
 
     def words(self, record: Record, of_masks: bool = False) -> list[str]:
-        """The options that a label names; of_masks: those that change the masks of A_log."""
+        """What a label names beside the method: N:M, and options; of_masks: those that change the masks of A_log."""
         ignored = _OF_WEIGHTS if of_masks or "weights" not in record.parts else ()
         names = [name for name in self._differing[record.method, record.model] if name not in ignored]
         chosen = [(name, record.options.get(name)) for name in names]
-        return [_option_words(name, value) for name, value in chosen if value != DEFAULTS.get(name)]
+        pattern = [record.pattern or ""] if record.options["prunem"] else []
+        return pattern + [_option_words(name, value) for name, value in chosen if value != DEFAULTS.get(name)]
 
     def label(self, record: Record, of_masks: bool = False) -> str:
-        pattern = [record.pattern or ""] if record.options["prunem"] else []
-        return ", ".join([record.method, *pattern, *self.words(record, of_masks)])
+        return ", ".join([record.method, *self.words(record, of_masks)])
 
     def style(self, record: Record) -> Style:
         return self.styles[self.label(record)]
@@ -105,9 +105,8 @@ class Looks:
         if not record.parts:
             return record.method
         share = "" if record.sparsity is None else f" {percent_text(record.sparsity)}"
-        pattern = [record.pattern or ""] if record.options["prunem"] else []
         seed = [f"seed {record.options['seed']}"] if record.options["seed"] else []
-        return ", ".join([record.method, f"{' + '.join(record.parts)}{share}", *pattern, *self.words(record), *seed])
+        return ", ".join([record.method, f"{' + '.join(record.parts)}{share}", *self.words(record), *seed])
 
 
 def _differing(records: Sequence[Record]) -> list[str]:

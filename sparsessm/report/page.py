@@ -103,7 +103,7 @@ def _results(records: Sequence[Record], looks: Looks) -> Iterator[list[Cell]]:
     dense = dense_perplexities(records)
     places = dict.fromkeys(place for record in records for place in record.metrics["peak_memory_bytes"])
     for number, r in enumerate(records, 1):
-        options = ", ".join(words for words in looks.words(r) if not words.startswith("alpha "))
+        options = [words for words in looks.words(r) if words != r.pattern and not words.startswith("alpha ")]
         cells = [
             Cell("no.", number, kind="run"),
             Cell("model", r.model, lambda model: looks.models[model], "text"),
@@ -111,7 +111,7 @@ def _results(records: Sequence[Record], looks: Looks) -> Iterator[list[Cell]]:
             Cell("pruned", _pruned(r), kind="text"),
             Cell("sparsity", r.sparsity if r.parts else None, percent_text),
             Cell("pattern", r.pattern, kind="text"),
-            Cell("options", options or None, kind="text"),
+            Cell("options", ", ".join(options) or None, kind="text"),
             Cell("alpha", r.options["alpha"] if "weights" in r.parts else None, number_text),
             Cell("seed", r.options["seed"]),
         ]

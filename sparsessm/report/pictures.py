@@ -224,7 +224,6 @@ def weight_charts(records: Sequence[Record], looks: Looks) -> Iterator[LineChart
 
 
 def _series(points: Iterable[tuple[str, _Point]], looks: Looks) -> list[Series]:
-    """A series for each label."""
     return [Series(label, looks.styles[label], mine) for label, mine in grouped(points).items()]
 
 

@@ -87,7 +87,7 @@ def write_plots(records: Sequence[Record], folder: Path) -> list[str]:
             name = slug(picture.key)
             while name in names:
                 name += "-"  # two names that differ in odd characters alone
-            _write(picture, [folder / f"{name}.{kind}" for kind in ("png", "pdf")])
+            _write(picture, folder / f"{name}.png", folder / f"{name}.pdf")
             names.append(name)
     return names
 
@@ -98,11 +98,11 @@ def write_run_plots(record: Record, folder: Path) -> dict[str, Path]:
     for picture in pictures([record]):
         if picture.kind not in ("perplexity", "parts"):  # one point, one row
             files[picture.kind] = folder / f"{picture.kind}.png"
-            _write(picture, [files[picture.kind]])
+            _write(picture, files[picture.kind])
     return files
 
 
-def _write(picture: Picture, files: Sequence[Path]) -> None:
+def _write(picture: Picture, *files: Path) -> None:
     with _drawn(picture, titled=True) as figure:
         for file in files:
             kind = file.suffix[1:]
@@ -136,14 +136,14 @@ def _line_chart(figure: Figure, chart: LineChart) -> Axes:
 
     names = [clipped(series.label, _LONGEST) for series in chart.series]
     looks = [_look(series.style) for series in chart.series]
-    level: dict[str, Any] = {"color": _MUTED, "linestyle": (0, (1, 2)), "linewidth": 1.0}
     if chart.level:
-        names, looks = [*names, chart.level[1]], [*looks, level]
+        names.append(chart.level[1])
+        looks.append({"color": _MUTED, "linestyle": (0, (1, 2)), "linewidth": 1.0})
     columns = max(1, min(3, int(5.1 / (0.6 + _LETTER * max(map(len, names), default=0)))))
     axes = _axes(figure, 0.85, 0.2, _HEIGHT, 0.5 + _LINE * math.ceil(len(names) / columns))
     axes.grid(axis="y")
     if chart.level:
-        axes.axhline(chart.level[0], **level)
+        axes.axhline(chart.level[0], **looks[-1])
     for series, look in zip(chart.series, looks, strict=False):
         line, noted = series.line, [point for point in series.points if point[2]]
         shown = {"marker": ""} if noted else {"markevery": 0.08 if len(line) > 24 else 1}

@@ -117,7 +117,7 @@ class Record:
     def masks(self) -> dict[int, np.ndarray]:
         """Masks of A_log by layer, (D,N) bool, True = pruned, of Mamba-2 (1,H); in the shape from before a removal.
 
-        Nothing where whole layers or their SSMs were removed: there was no choice of entries.
+        There are none where whole layers or their SSMs were removed, as no entries were chosen.
 
         Raises:
             InputError: the file cannot be read.
@@ -158,18 +158,16 @@ def read_runs(experiments: Path) -> Runs:
     runs = Runs([], [], [])
     for path, folders, files in os.walk(experiments, onerror=_cannot_list):
         folders.sort()
-        if "options.json" not in files:
-            continue
-        folders.clear()  # what a run holds (its journal, wandb's files) is not another run
-        folder = Path(path)
-        name = folder.relative_to(experiments).as_posix()
-        if "metrics.json" not in files:
-            runs.unfinished.append(name)
-            continue
-        try:
-            runs.finished.append(read_run(folder, name))
-        except InputError as error:
-            runs.damaged.append((name, str(error)))
+        if "options.json" in files:
+            folders.clear()  # what a run holds (its journal, wandb's files) is not another run
+            name = Path(path).relative_to(experiments).as_posix()
+            try:
+                if "metrics.json" in files:
+                    runs.finished.append(read_run(Path(path), name))
+                else:
+                    runs.unfinished.append(name)
+            except InputError as error:
+                runs.damaged.append((name, str(error)))
     runs.finished.sort(key=_order)
     return runs
 

@@ -112,11 +112,10 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def aligned(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Head and rows as aligned columns of plain text."""
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    ruled = [head, ["-" * width for width in widths], *lines[1:]]
-    cells = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in ruled]
-    return "\n".join("  ".join(line).rstrip() for line in cells)
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
