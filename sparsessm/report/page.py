@@ -70,11 +70,11 @@ def write_report(runs: Runs, experiments: Path, target: Path, draw: Callable[[Pi
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.filters |= {"draw": lambda picture: Markup(draw(picture)), "percent": percent_text, "figure": figure_text}
     page = environment.get_template("page.html").render(
         title=f"Pruning runs: {experiments.resolve().name}", records=records, left_out=left_out(runs),
         charts=charts, versions=versions, script=Markup(script), style=Markup((_HERE / "page.css").read_text()),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), looks=looks, run_maps=run_maps,
+        draw=lambda picture: Markup(draw(picture)), percent_text=percent_text, figure_text=figure_text,
         links=[_link(record.folder, target) for record in records],
         results=_filled(_results(records, looks)), costs=_filled(_costs(records, looks, phases)), phases=phases,
         filters={"model": looks.models, "method": {r.method: r.method for r in records}},
@@ -137,8 +137,7 @@ def _costs(records: Sequence[Record], looks: Looks, phases: Sequence[str]) -> It
         cells += [Cell("together", together, "{:.1f} s".format), Cell("time", together, kind="bar")]
         for place in places:
             where = "" if place == "process" else f" {place}"
-            after = {phase: peaks.get(phase, {}).get(place) for phase in phases}
-            cells += [Cell(f"peak{where} after {phase}", peak, bytes_text) for phase, peak in after.items()]
+            cells += [Cell(f"peak{where} after {phase}", peaks.get(phase, {}).get(place), bytes_text) for phase in phases]
         yield [*cells, Cell("run folder", r.name, kind="path")]
 
 

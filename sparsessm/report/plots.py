@@ -6,7 +6,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -150,8 +150,8 @@ def _line_chart(figure: Figure, chart: LineChart) -> Axes:
         axes.plot([x for x, _ in line], [y for _, y in line], **(look | shown))
         for x, y, note in noted:
             axes.plot([x], [y], **(look | {"linestyle": "none"}), gid=f"note-{clipped(note, 400)}")
-    _set_axis(axes, "x", chart.x)
-    _set_axis(axes, "y", chart.y)
+    _set_axis(axes.xaxis, axes.set_xscale, chart.x)
+    _set_axis(axes.yaxis, axes.set_yscale, chart.y)
     handles = [Line2D([], [], **look) for look in looks]
     labels = [f" {name}" for name in names]  # a name that begins with _ would be hidden
     figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.005, 0.0), ncols=columns, handlelength=2.6,
@@ -167,23 +167,22 @@ def _look(style: Style) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _set_axis(axes: Axes, which: str, about: Axis) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+def _set_axis(axis: Any, set_scale: Callable[..., None], about: Axis) -> None:
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-    axis = getattr(axes, f"{which}axis")
-    axes.set(**{f"{which}label": about.label})
+    axis.set_label_text(about.label)
     if about.scale == "log":
-        axes.set(**{f"{which}scale": "log"})
+        set_scale("log")
         axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
     elif about.scale == "symlog":
-        getattr(axes, f"set_{which}scale")("symlog", linthresh=about.linear_to, linscale=0.7)
+        set_scale("symlog", linthresh=about.linear_to, linscale=0.7)
     elif about.ticks:
         axis.set_major_locator(FixedLocator(about.ticks))
     else:
         axis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=about.kind == "index"))
     axis.set_minor_locator(NullLocator())
     words = percent_text if about.kind == "percent" else number_text
-    axis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
+    axis.set_major_formatter(lambda value, _: words(value))
 
 
 def _heat_map(figure: Figure, table: HeatMap) -> Axes:

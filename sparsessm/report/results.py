@@ -228,8 +228,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 _Kinds = Sequence[tuple[tuple[str, ...], Callable[[Any], bool], str]]
 _OPTIONS: _Kinds = (
     (("model",), lambda value: isinstance(value, str), "be a name"),
-    (("method",), lambda value: value is None or (isinstance(value, str) and value != ""), "be a name or null"),
-    (("saliency", "aggregate", "structure"), lambda value: isinstance(value, (str, type(None))), "be a name or null"),
+    (("method", "saliency", "aggregate", "structure"), lambda value: isinstance(value, str | None) and value != "",
+     "be a name or null"),
     (("sparsity",), lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
      "be a number from 0 to 1, or null"),
     (("prunen", "prunem", "seed", "seqlen"), _is_whole, "be a whole number"),
@@ -237,7 +237,7 @@ _OPTIONS: _Kinds = (
 )  # fmt: skip
 _METRICS: _Kinds = (
     (("perplexity", "dense_perplexity"), lambda value: isinstance(value, dict) and all(
-        each is None or isinstance(each, float) or _is_whole(each) for each in value.values()), "hold numbers by name"),
+        isinstance(each, float | None) or _is_whole(each) for each in value.values()), "hold numbers by name"),
     (("sparsity", "seconds", "peak_memory_bytes"), lambda value: isinstance(value, dict) and _numbers(value) == value,
      "hold numbers by name"),
     (("zero_shot", "versions"), lambda value: isinstance(value, dict), "hold values by name"),
