@@ -60,8 +60,6 @@ def method_style(method: str, variant: int = 0) -> Style:
     """The style of a method; variant: which of its variants."""
     number = zlib.crc32(method.encode())  # a method that is not in the table: the same look in every report
     style = METHOD_STYLES.get(method) or Style(number % 6, number // 6 % len(MARKERS), 3)
-    if not variant:
-        return style
     marker, dash = (style.marker + variant) % len(MARKERS), (style.dash + variant) % len(DASHES)
     return Style(style.colour, marker, dash, hollow=variant % 2 == 1)
 
@@ -82,24 +80,22 @@ class Looks:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.models = short_names(record.model for record in records)
-        self.sets = short_names(name for record in records for name in record.perplexity)
-        by_method = grouped((record.method, record) for record in records)
-        by_both = grouped(((record.method, record.model), record) for record in records)
-        self._differing = {both: _differing(mine) for both, mine in by_both.items()}
-        self.styles: dict[str, Style] = {}
-        for method, mine in by_method.items():
-            labels = {self.label(record, of_masks) for record in mine for of_masks in (False, True)}
-            self.styles |= {label: method_style(method, index) for index, label in enumerate(sorted(labels))}
+        self.sets = short_names(name for record in records for name in record.metrics["perplexity"])
+        comparable = grouped(((record.method, record.model), record) for record in records)
+        self._differing = {both: _differing(mine) for both, mine in comparable.items()}
+        labels = grouped(sorted({(r.method, self.label(r, of_masks)) for r in records for of_masks in (False, True)}))
+        self.styles = {label: method_style(one, i) for one, mine in labels.items() for i, label in enumerate(mine)}
 
     def words(self, record: Record, of_masks: bool = False) -> list[str]:
-        """The options that a label names; of_masks: those that change the masks of A_log."""
+        """What a label names beside the method: N:M, and options; of_masks: those that change the masks of A_log."""
         ignored = _OF_WEIGHTS if of_masks or "weights" not in record.parts else ()
-        chosen = {name: _value(record, name) for name in self._differing[record.method, record.model] if name not in ignored}
-        return [_option_words(name, value) for name, value in chosen.items() if value != DEFAULTS.get(name)]
+        names = [name for name in self._differing[record.method, record.model] if name not in ignored]
+        chosen = [(name, record.options.get(name)) for name in names]
+        pattern = [record.pattern or ""] if record.options["prunem"] else []
+        return pattern + [_option_words(name, value) for name, value in chosen if value != DEFAULTS.get(name)]
 
     def label(self, record: Record, of_masks: bool = False) -> str:
-        pattern = [record.pattern or ""] if record.options.get("prunem") else []
-        return ", ".join([record.method, *pattern, *self.words(record, of_masks)])
+        return ", ".join([record.method, *self.words(record, of_masks)])
 
     def style(self, record: Record) -> Style:
         return self.styles[self.label(record)]
@@ -109,20 +105,15 @@ class Looks:
         if not record.parts:
             return record.method
         share = "" if record.sparsity is None else f" {percent_text(record.sparsity)}"
-        pattern = [record.pattern or ""] if record.options.get("prunem") else []
-        seed = [f"seed {record.options['seed']}"] if record.options.get("seed") else []
-        return ", ".join([record.method, f"{' + '.join(record.parts)}{share}", *pattern, *self.words(record), *seed])
+        seed = [f"seed {record.options['seed']}"] if record.options["seed"] else []
+        return ", ".join([record.method, f"{' + '.join(record.parts)}{share}", *self.words(record), *seed])
 
 
 def _differing(records: Sequence[Record]) -> list[str]:
     """Options in which runs of one method differ."""
     names = dict.fromkeys(name for record in records for name in record.options if name not in _NO_VARIANT)
-    found = {name: {repr(_value(record, name)) for record in records} for name in names}
+    found = {name: {repr(record.options.get(name)) for record in records} for name in names}
     return [name for name, values in found.items() if len(values) > 1 and not name.startswith(_NO_VARIANT_PREFIXES)]
-
-
-def _value(record: Record, name: str) -> object:
-    return record.options.get(name, DEFAULTS.get(name))
 
 
 def _option_words(name: str, value: object) -> str:

@@ -1,22 +1,22 @@
 "use strict";
 (() => {
-  const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+  const all = (selector) => [...document.querySelectorAll(selector)];
   const byText = new Intl.Collator(undefined, { numeric: true }).compare;
 
-  function sort(table, head) {
+  function sort(head) {
+    const body = head.closest("table").tBodies[0];
     const downward = head.getAttribute("aria-sort") === "ascending";
     const compare = head.dataset.kind === "number" ? (a, b) => Number(a) - Number(b) : byText;
-    const rows = [...table.tBodies[0].rows].sort((one, other) => {
+    const rows = [...body.rows].sort((one, other) => {
       const [a, b] = [one, other].map((row) => row.cells[head.cellIndex].dataset.value);
       if (a === "" || b === "") return (a === "") - (b === ""); // nothing stands last, either way
       return downward ? -compare(a, b) : compare(a, b);
     });
     for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", downward ? "descending" : "ascending");
-    table.tBodies[0].append(...rows);
+    body.append(...rows);
   }
-  for (const table of all("table.sortable"))
-    for (const head of all("th", table)) head.querySelector("button").addEventListener("click", () => sort(table, head));
+  for (const button of all("th button")) button.addEventListener("click", () => sort(button.parentElement));
 
   const filters = all("select[data-filter]");
   function filter() {

@@ -1,4 +1,4 @@
-"""Draws the pictures of charts.py and maps.py by matplotlib: SVG for the page, PNG and PDF for papers and for wandb."""
+"""Draws the pictures of pictures.py by matplotlib: SVG for the page, PNG and PDF for papers and for wandb."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+import numpy as np
+
 from sparsessm.errors import storing
 from sparsessm.files import write_whole
-from sparsessm.report.charts import Axis, LineChart, Picture, pictures
 from sparsessm.report.looks import COLOURS, DASHES, HEAT, MARKERS, Style
-from sparsessm.report.maps import HeatMap
+from sparsessm.report.pictures import Axis, HeatMap, LineChart, Picture, pictures
 from sparsessm.report.results import Record
-from sparsessm.report.wording import clipped, number_text, percent_text
+from sparsessm.report.wording import clipped, number_text, percent_text, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,9 +51,8 @@ _LONGEST = 60  # letters of a name
 
 def svg(picture: Picture) -> str:
     """An <svg> element for a page: its text is text, its colours are the page's variables, its ids are its own."""
-    notes: list[str] = []
     stream = io.BytesIO()
-    with _drawn(picture, notes, titled=False) as figure:
+    with _drawn(picture, titled=False) as figure:
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
         top, (width, height) = _TITLE - 0.12, figure.get_size_inches()  # the page has a title of its own
     root = ElementTree.fromstring(stream.getvalue())
@@ -62,7 +62,7 @@ def svg(picture: Picture) -> str:
             name = element.attrib.pop("id", "")
             if name.startswith("note-"):
                 title = ElementTree.Element(f"{{{_SVG}}}title")
-                title.text = notes[int(name.removeprefix("note-"))]
+                title.text = name.removeprefix("note-")
                 element.insert(0, title)
         if "style" in element.attrib:
             style = re.sub(r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), element.attrib["style"])
@@ -84,10 +84,10 @@ def write_plots(records: Sequence[Record], folder: Path) -> list[str]:
     with storing(f"--plots {folder}", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         for picture in pictures(records):
-            name = picture.key
+            name = slug(picture.key)
             while name in names:
                 name += "-"  # two names that differ in odd characters alone
-            _write(picture, [folder / f"{name}.{kind}" for kind in ("png", "pdf")])
+            _write(picture, folder / f"{name}.png", folder / f"{name}.pdf")
             names.append(name)
     return names
 
@@ -98,27 +98,27 @@ def write_run_plots(record: Record, folder: Path) -> dict[str, Path]:
     for picture in pictures([record]):
         if picture.kind not in ("perplexity", "parts"):  # one point, one row
             files[picture.kind] = folder / f"{picture.kind}.png"
-            _write(picture, [files[picture.kind]])
+            _write(picture, files[picture.kind])
     return files
 
 
-def _write(picture: Picture, files: Sequence[Path]) -> None:
-    with _drawn(picture, [], titled=True) as figure:
+def _write(picture: Picture, *files: Path) -> None:
+    with _drawn(picture, titled=True) as figure:
         for file in files:
             kind = file.suffix[1:]
             write_whole(file, partial(figure.savefig, format=kind, metadata=_NO_STAMP[kind]))
 
 
 @contextmanager
-def _drawn(picture: Picture, notes: list[str], titled: bool) -> Iterator[Figure]:
-    """The picture as a figure, which is to be written inside; appends the notes of its points, named note-0, note-1 ..."""
+def _drawn(picture: Picture, titled: bool) -> Iterator[Figure]:
+    """The picture as a figure, which is to be written inside."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({**_STYLE, "svg.hashsalt": picture.key}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font does not have
         figure = Figure()  # not pyplot's, whose list of open figures would grow
-        axes = _line_chart(figure, picture, notes) if isinstance(picture, LineChart) else _heat_map(figure, picture)
+        axes = _line_chart(figure, picture) if isinstance(picture, LineChart) else _heat_map(figure, picture)
         if titled:
             axes.set_title("\n".join(clipped(text, _LONGEST + 8) for text in (picture.title, picture.note) if text))
         yield figure
@@ -131,27 +131,27 @@ def _axes(figure: Figure, left: float, right: float, height: float, bottom: floa
     return figure.add_axes((left / width, bottom / total, 1 - (left + right) / width, height / total))
 
 
-def _line_chart(figure: Figure, chart: LineChart, notes: list[str]) -> Axes:
+def _line_chart(figure: Figure, chart: LineChart) -> Axes:
     from matplotlib.lines import Line2D
 
     names = [clipped(series.label, _LONGEST) for series in chart.series]
     looks = [_look(series.style) for series in chart.series]
-    level: dict[str, Any] = {"color": _MUTED, "linestyle": (0, (1, 2)), "linewidth": 1.0}
     if chart.level:
-        names, looks = [*names, chart.level[1]], [*looks, level]
+        names.append(chart.level[1])
+        looks.append({"color": _MUTED, "linestyle": (0, (1, 2)), "linewidth": 1.0})
     columns = max(1, min(3, int(5.1 / (0.6 + _LETTER * max(map(len, names), default=0)))))
     axes = _axes(figure, 0.85, 0.2, _HEIGHT, 0.5 + _LINE * math.ceil(len(names) / columns))
     axes.grid(axis="y")
     if chart.level:
-        axes.axhline(chart.level[0], **level)
+        axes.axhline(chart.level[0], **looks[-1])
     for series, look in zip(chart.series, looks, strict=False):
-        shown = {"marker": ""} if series.points else {"markevery": 0.08 if len(series.line) > 24 else 1}
-        axes.plot([x for x, _ in series.line], [y for _, y in series.line], **(look | shown))
-        for x, y, note in series.points:
-            axes.plot([x], [y], **(look | {"linestyle": "none"}), gid=f"note-{len(notes)}")
-            notes.append(clipped(note, 400))
-    _set_axis(axes, "x", chart.x)
-    _set_axis(axes, "y", chart.y)
+        line, noted = series.line, [point for point in series.points if point[2]]
+        shown = {"marker": ""} if noted else {"markevery": 0.08 if len(line) > 24 else 1}
+        axes.plot([x for x, _ in line], [y for _, y in line], **(look | shown))
+        for x, y, note in noted:
+            axes.plot([x], [y], **(look | {"linestyle": "none"}), gid=f"note-{clipped(note, 400)}")
+    _set_axis(axes.xaxis, axes.set_xscale, chart.x)
+    _set_axis(axes.yaxis, axes.set_yscale, chart.y)
     handles = [Line2D([], [], **look) for look in looks]
     labels = [f" {name}" for name in names]  # a name that begins with _ would be hidden
     figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.005, 0.0), ncols=columns, handlelength=2.6,
@@ -167,27 +167,25 @@ def _look(style: Style) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _set_axis(axes: Axes, which: str, about: Axis) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+def _set_axis(axis: Any, set_scale: Callable[..., None], about: Axis) -> None:
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-    axis = getattr(axes, f"{which}axis")
-    axes.set(**{f"{which}label": about.label})
+    axis.set_label_text(about.label)
     if about.scale == "log":
-        axes.set(**{f"{which}scale": "log"})
+        set_scale("log")
         axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
     elif about.scale == "symlog":
-        getattr(axes, f"set_{which}scale")("symlog", linthresh=about.linear_to, linscale=0.7)
+        set_scale("symlog", linthresh=about.linear_to, linscale=0.7)
     elif about.ticks:
         axis.set_major_locator(FixedLocator(about.ticks))
     else:
         axis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=about.kind == "index"))
     axis.set_minor_locator(NullLocator())
     words = percent_text if about.kind == "percent" else number_text
-    axis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
+    axis.set_major_formatter(lambda value, _: words(value))
 
 
 def _heat_map(figure: Figure, table: HeatMap) -> Axes:
-    import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
 
     rows, columns = len(table.rows), len(table.columns)
@@ -197,21 +195,20 @@ def _heat_map(figure: Figure, table: HeatMap) -> Axes:
     axes = _axes(figure, left, 1.1, max(0.9, most), 0.45)
     place, (across, down) = axes.get_position(), figure.get_size_inches()
     width, height = across * place.width / columns, down * place.height / rows  # of a cell
-    values = np.array([[np.nan if value is None else value for value in row] for row in table.values])
-    low, high = math.floor(np.nanmin(values) * 100 + 1e-9) / 100, math.ceil(np.nanmax(values) * 100 - 1e-9) / 100
+    low = math.floor(np.nanmin(table.values) * 100 + 1e-9) / 100
+    high = max(low + 0.01, math.ceil(np.nanmax(table.values) * 100 - 1e-9) / 100)
     shades = LinearSegmentedColormap.from_list("shares", [(HEAT, 0.06), (HEAT, 0.75)])  # they stand on any ground
-    shown = axes.imshow(values, cmap=shades, vmin=low, vmax=max(high, low + 0.01), aspect="auto", interpolation="none")
+    shown = axes.imshow(table.values, cmap=shades, vmin=low, vmax=high, aspect="auto", interpolation="none")
     axes.set(xlabel=table.column_label, ylabel=table.row_label)
     every = _every(_LETTER * (0.5 + max(map(len, table.columns))) / width)
     axes.set_xticks(range(0, columns, every), table.columns[::every])
     every = _every(0.16 / (height * rows / len(names)))
     axes.set_yticks(list(names)[::every], list(names.values())[::every])
     if width > 0.22 and height > 0.15:
-        for i, j in np.argwhere(~np.isnan(values)):
-            axes.text(j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", fontsize=7)
+        for i, j in np.argwhere(~np.isnan(table.values)):
+            axes.text(j, i, f"{100 * table.values[i, j]:.0f}", ha="center", va="center", fontsize=7)
     cax = figure.add_axes((1 - 0.95 / across, place.y0, 0.12 / across, place.height))
-    ticks = [low, max(high, low + 0.01)]
-    bar = figure.colorbar(shown, cax=cax, label="pruned share", format=percent_text, ticks=ticks)
+    bar = figure.colorbar(shown, cax=cax, label="pruned share", format=percent_text, ticks=[low, high])
     assert bar.solids is not None
     bar.solids.set(rasterized=True, edgecolor="none")
     bar.outline.set_visible(False)

@@ -17,10 +17,10 @@ from sparsessm.report.wording import figure_text, short_names
 
 NOTHING = "–"
 
-_LATEX = {
+_LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "±": r"$\pm$", **{mark: "\\" + mark for mark in "_%&#${}"},
-}  # fmt: skip
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,20 @@ class Figure:
         usable = len(self.values) > 1 and all(map(math.isfinite, self.values))
         return statistics.stdev(self.values) if usable else None
 
-    @property
-    def difference(self) -> float | None:
-        """Ours minus the published one."""
-        return _difference(self.mean, self.published)
-
-    @property
-    def over_dense(self) -> float | None:
-        """Ours minus the dense one."""
-        return _difference(self.mean, self.dense)
+    def over(self, other: float | None) -> float | None:
+        """The mean minus another figure; None where one is not known, or both are infinite."""
+        if self.mean is None or other is None or (math.isinf(other) and self.mean == other):
+            return None
+        return self.mean - other
 
     @property
     def text(self) -> str:
         """As 28.33 ± 1.53 (+7.72): mean, deviation, and the difference to the dense model."""
         if self.mean is None:
             return NOTHING
-        spread = "" if self.deviation is None else f" ± {figure_text(self.deviation)}"
-        return figure_text(self.mean) + spread + ("" if self.over_dense is None else f" ({signed(self.over_dense)})")
-
-
-def _difference(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None or (math.isinf(one) and one == other) else one - other
+        spread, above = self.deviation, self.over(self.dense)
+        words = figure_text(self.mean) + ("" if spread is None else f" ± {figure_text(spread)}")
+        return words if above is None else f"{words} ({signed(above)})"
 
 
 def with_infinite(perplexities: Mapping[str, float | None]) -> dict[str, float]:
@@ -76,10 +69,10 @@ def signed(value: float) -> str:
 
 def variant(chosen: Options) -> str:
     """The method and what is unlike its defaults, as: sparsessm, aggregate sum, seed 1."""
-    names = [spec.name for spec in dataclasses.fields(Options)]
-    pruning = ["seed", *names[names.index("prunen") : names.index("data_dir")]]  # the groups of --help that are of pruning
     usual = {spec.name: spec.default for spec in dataclasses.fields(Options)}
-    changed = {name: value for name in pruning if (value := getattr(chosen, name)) != usual[name]}
+    names = list(usual)
+    pruning = ["seed", *names[names.index("prunen") : names.index("data_dir")]]  # the groups of --help that are of pruning
+    changed = {name: getattr(chosen, name) for name in pruning if getattr(chosen, name) != usual[name]}
     shown = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in changed.items()}
     return ", ".join([str(chosen.method), *(name if value is True else f"{name} {value}" for name, value in shown.items())])
 
@@ -104,12 +97,11 @@ def row(chosen: Options, metrics: Mapping[str, Any]) -> dict[str, str]:
 def in_cells(figures: Iterable[Figure]) -> str:
     """What stands in the cells beside the means of these figures, for a caption."""
     figures = list(figures)
-    words = ""
-    if any(figure.over_dense is not None for figure in figures):
-        words += " In parentheses the difference to the dense model."
-    if any(figure.deviation is not None for figure in figures):
-        words += " Mean ± standard deviation of the sample over seeds."
-    return words
+    shown = {
+        " In parentheses the difference to the dense model.": [figure.over(figure.dense) for figure in figures],
+        " Mean ± standard deviation of the sample over seeds.": [figure.deviation for figure in figures],
+    }
+    return "".join(words for words, values in shown.items() if any(value is not None for value in values))
 
 
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -120,11 +112,10 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def aligned(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Head and rows as aligned columns of plain text."""
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    ruled = [head, ["-" * width for width in widths], *lines[1:]]
-    cells = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in ruled]
-    return "\n".join("  ".join(line).rstrip() for line in cells)
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -141,48 +132,36 @@ def comma_separated(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def latex_table(
-    head: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    caption: str,
-    label: str,
-    labels: int,
-    groups: Sequence[str] = (),
-    best: Collection[tuple[int, int]] = (),
-    comments: Sequence[Sequence[str]] = (),
-) -> str:
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str, label: str, labels: int,
+    groups: Sequence[str] = (), best: Collection[tuple[int, int]] = (), comments: Sequence[Sequence[str]] = (),
+) -> str:  # fmt: skip
     """A table environment for booktabs and adjustbox; what is wider than the text, or longer than a page, is shrunk.
 
     Args:
         labels: how many columns, from the left, are names; the others are figures. groups: heads over equal parts of the
             columns of figures. best: (row, column) of what is set in bold. comments: lines above each row.
     """
-
-    def name(text: str) -> str:
-        return "".join(_LATEX.get(mark, mark) for mark in text)
-
-    def figure(text: str) -> str:
-        return re.sub(r"(?<![\w.])-(?=[\w.])", "$-$", name(text))
-
     columns = "l" * labels + "r" * (len(head) - labels)
     lines = [
         "% needs \\usepackage{booktabs} and \\usepackage{adjustbox}", r"\begin{table}[tbp]", r"\centering",
-        rf"\caption{{{name(caption)}}}", rf"\label{{tab:{label}}}",
+        rf"\caption{{{caption.translate(_LATEX)}}}", rf"\label{{tab:{label}}}",
         r"\begin{adjustbox}{max width=\textwidth, max totalheight=0.85\textheight}",
         rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
     ]  # fmt: skip
     if groups:
         wide = (len(head) - labels) // len(groups)
-        lines.append(" & ".join([""] * labels + [rf"\multicolumn{{{wide}}}{{c}}{{{name(one)}}}" for one in groups]) + r" \\")
+        heads = [rf"\multicolumn{{{wide}}}{{c}}{{{one.translate(_LATEX)}}}" for one in groups]
+        lines.append(" & ".join([""] * labels + heads) + r" \\")
         starts = [labels + 1 + wide * i for i in range(len(groups))]
         lines.append(" ".join(rf"\cmidrule(lr){{{start}-{start + wide - 1}}}" for start in starts))
-    lines.append(" & ".join(map(name, head)) + r" \\")
+    lines.append(" & ".join(cell.translate(_LATEX) for cell in head) + r" \\")
     grouped = len({cells[0] for cells in rows}) < len(rows)
     for i, cells in enumerate(rows):
         if i == 0 or (grouped and cells[0] != rows[i - 1][0]):
             lines.append(r"\midrule")
         lines += [f"% {comment}" for comment in (comments[i] if comments else ())]
-        shown = [name(cell) if j < labels else figure(cell) for j, cell in enumerate(cells)]
+        shown = [cell.translate(_LATEX) for cell in cells]
+        shown[labels:] = [re.sub(r"(?<![\w.])-(?=[\w.])", "$-$", cell) for cell in shown[labels:]]  # signs, no hyphens
         lines.append(" & ".join(rf"\textbf{{{cell}}}" if (i, j) in best else cell for j, cell in enumerate(shown)) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", r"\end{adjustbox}", r"\end{table}"]
     return "\n".join(lines) + "\n"

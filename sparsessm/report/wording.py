@@ -48,21 +48,16 @@ def clipped(text: str, length: int) -> str:
 def short_names(names: Iterable[str]) -> dict[str, str]:
     """Each name -> its last parts (of a path), as many as it takes to differ from the others; hub ids stay whole."""
     names = list(dict.fromkeys(names))
-    found = {}
-    for name in names:
+
+    def short(name: str) -> str:
         if not name.startswith(("/", ".", "~")) and name.count("/") <= 1:
-            found[name] = name
-            continue
-        parts = [part for part in name.split("/") if part not in ("", ".")] or [name]
-        others = [other for other in names if other != name]
-        for count in range(1, len(parts) + 1):
-            tail = "/".join(parts[-count:])
-            if not any(other == tail or other.rstrip("/").endswith("/" + tail) for other in others):
-                break
-        else:
-            tail = name
-        found[name] = tail
-    return found
+            return name
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        others = [f"/{other.rstrip('/')}" for other in names if other != name]
+        tails = ("/".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+        return next((tail for tail in tails if not any(other.endswith(f"/{tail}") for other in others)), name)
+
+    return {name: short(name) for name in names}
 
 
 def slug(text: str) -> str:

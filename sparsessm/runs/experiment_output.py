@@ -148,7 +148,8 @@ def _described(figure: Figure) -> dict[str, Any]:
     """A figure in full, by the names that the files have."""
     return {
         "published": figure.published, "ours": figure.mean, "standard_deviation": figure.deviation,
-        "seeds": len(figure.values), "difference": figure.difference, "difference_to_dense": figure.over_dense,
+        "seeds": len(figure.values), "difference": figure.over(figure.published),
+        "difference_to_dense": figure.over(figure.dense),
     }  # fmt: skip
 
 
@@ -173,7 +174,8 @@ def _parts(filled: Experiment) -> Iterator[_Part]:
                         numbers[line.model, j][i] = number
                 ours = "failed" if line.failures and figure.mean is None else figure.text
                 published = NOTHING if figure.published is None else f"{figure.published:g}"
-                difference = NOTHING if figure.difference is None else signed(figure.difference)
+                over = figure.over(figure.published)
+                difference = NOTHING if over is None else signed(over)
                 cells += [published, ours, difference] if compares else [ours]
             rows.append(cells)
         choose = min if title == PERPLEXITY else max

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
+import pickle
 import shutil
 import threading
 
@@ -27,7 +27,14 @@ def one_run(experiments, tmp_path):
     return folder
 
 
-draw = functools.cache(svg)  # most pictures are the same in all of these pages
+drawn = {}  # most pictures are the same in all of these pages
+
+
+def draw(picture):
+    data = pickle.dumps(picture)
+    if data not in drawn:
+        drawn[data] = svg(picture)
+    return drawn[data]
 
 
 def page(folder, target) -> str:

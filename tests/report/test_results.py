@@ -51,8 +51,9 @@ def test_a_run_keeps_its_masks_of_A_log_and_its_phases(experiments):
     assert named["vote"].masks()[4].shape == (384, 16) and not (named["dense"].folder / "masks.safetensors").exists()
     assert set(load_file(named["all"].folder / "masks.safetensors")) == kept.keys()  # none of the weights
     for record in named.values():
-        phases = [event for event in record.events if event["event"] == "phase"]
-        for phase, seconds in record.seconds.items():
+        events = [json.loads(line) for line in (record.folder / "events.jsonl").read_text().splitlines()]
+        phases = [event for event in events if event["event"] == "phase"]
+        for phase, seconds in record.metrics["seconds"].items():
             assert sum(e["took"] for e in phases if e["phase"] == phase) == pytest.approx(seconds, abs=0.002)
         peaks = [event["peak_memory_bytes"]["process"] for event in phases]
         assert peaks == sorted(peaks) and peaks[0] > 1 << 27 and peaks[-1] <= record.metrics["peak_memory_bytes"]["process"]

@@ -45,7 +45,7 @@ def test_the_row_of_a_run():
 
 def test_a_figure_over_seeds():
     figure = Figure((27.0, 28.0, 30.0), published=27.7, dense=30.0)
-    assert figure.text == "28.33 ± 1.53 (-1.67)" and figure.difference == pytest.approx(0.6333, abs=1e-4)
+    assert figure.text == "28.33 ± 1.53 (-1.67)" and figure.over(figure.published) == pytest.approx(0.6333, abs=1e-4)
     assert Figure((1.0, math.inf), dense=2.0).text == "inf (+inf)"
     assert Figure((math.inf,), dense=math.inf).text == "inf"  # no difference can be said
     assert Figure(()).text == tables.NOTHING
