@@ -62,11 +62,8 @@ def carry_out(experiment: Experiment, known: Namespace, folder: str, index: int 
 
 def write(filled: Experiment, folder: Path) -> list[Path]:
     """Writes NAME.md, .csv, .tex and .json into a folder; each appears whole or not at all."""
-    contents = {
-        "md": markdown(filled, folder), "csv": comma_separated(filled), "tex": latex(filled),
-        "json": strict_json(trace(filled), indent=2) + "\n",
-    }  # fmt: skip
-    files = {folder / f"{filled.name}.{suffix}": content for suffix, content in contents.items()}
+    forms = {"md": markdown(filled, folder), "csv": comma_separated(filled), "tex": latex(filled), "json": as_json(filled)}
+    files = {folder / f"{filled.name}.{suffix}": content for suffix, content in forms.items()}
     with storing(f"--out {folder}", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
@@ -128,7 +125,7 @@ def latex(filled: Experiment) -> str:
     return "\n".join(parts) + "\n"
 
 
-def trace(filled: Experiment) -> dict[str, Any]:
+def as_json(filled: Experiment) -> str:
     """Where every figure comes from: per line its figures, and per run the command, the folder, and whether it is done."""
     lines = []
     for line in filled.lines:
@@ -141,7 +138,8 @@ def trace(filled: Experiment) -> dict[str, Any]:
             for part, columns in line.figures.items()
         }
         lines.append({**line.names, "figures": figures, "runs": runs})
-    return {"table": filled.name, "title": filled.title, "source": filled.source, "lines": lines}
+    table = {"table": filled.name, "title": filled.title, "source": filled.source, "lines": lines}
+    return strict_json(table, indent=2) + "\n"
 
 
 def _described(figure: Figure) -> dict[str, Any]:

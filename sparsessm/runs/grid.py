@@ -153,8 +153,7 @@ def fill(
                     if reason:
                         failed[cell.name] = reason
                     progress.advance()
-                first, *others = [*job.running] or ["waiting for a run of another job" if pending else ""]
-                now = first + (f" and {len(others)} more" if others else "")
+                now = "; ".join(job.running) or ("waiting for a run of another job" if pending else "")
                 progress.show(now, f"{len(failed)} failed" if failed else "")
         finally:
             job.stopping.set()

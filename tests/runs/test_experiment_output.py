@@ -117,7 +117,7 @@ def test_what_varies_has_its_own_columns_and_two_folders_of_one_name_their_paren
 
 def test_json_leads_from_figures_to_runs(measured):
     filled, _ = measured
-    lines = {line["row"]: line for line in experiment_output.trace(filled)["lines"]}
+    lines = {line["row"]: line for line in json.loads(experiment_output.as_json(filled))["lines"]}
     assert [run["state"] for run in lines["sparsessm"]["runs"]] == ["done"] * 3
     assert lines["sparsessm"]["figures"]["Perplexity"]["wikitext2"]["ours"] == [27.0, 28.0, 30.0]
     assert {run["state"] for run in lines["sparsegpt"]["runs"]} == {"failed"}
