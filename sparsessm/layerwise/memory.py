@@ -84,14 +84,20 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return peak
 
 
+_highest = 0  # Linux counts pages in batches for each thread, so that its figure of the peak can fall by some of them
+
+
 def _own_peak() -> int:
     """Bytes. What getrusage says begins, on Linux, with the size of the process that started this one."""
+    global _highest
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    _highest = max(_highest, peak)
+    return _highest
 
 
 Stored = Union[Tensor, "DiskTensor", PinnedTensor]
