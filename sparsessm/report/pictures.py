@@ -75,8 +75,8 @@ class LineChart:
     @property
     def description(self) -> str:
         words = percent_text if self.x.kind == "percent" else number_text
-        values = [", ".join(f"{number_text(y)} at {words(x)}" for x, y in series.line[:12]) for series in self.series]
-        told = [f"{series.label}: {each}" for series, each in zip(self.series, values, strict=True)]
+        lines = {one.label: ", ".join(f"{number_text(y)} at {words(x)}" for x, y in one.line[:12]) for one in self.series}
+        told = [f"{label}: {line}" for label, line in lines.items()]
         return f"{self.title}. {self.y.label.splitlines()[0]} against {self.x.label}. {'; '.join(told)}"
 
 
@@ -265,8 +265,7 @@ def share_map(record: Record) -> HeatMap | str | None:
     layers = sorted({layer for layer, _ in shares})
     modules = list(dict.fromkeys(module for _, module in shares))  # in the order in which they were pruned
     if max(shares.values()) - min(shares.values()) < _SAME_SHARE:
-        mean = sum(shares.values()) / len(shares)
-        return f"{percent_text(mean)} of {', '.join(modules)} in {plural(len(layers), 'layer')}"
+        return f"{percent_text(fmean(shares.values()))} of {', '.join(modules)} in {plural(len(layers), 'layer')}"
     values = np.array([[shares.get((layer, module), np.nan) for layer in layers] for module in modules])
     return HeatMap("shares", f"shares {record.name}", "Pruned share by module and layer", "", modules,
                    [str(layer) for layer in layers], values, "", "layer")  # fmt: skip

@@ -1,14 +1,11 @@
-"""The row of a run, figures over seeds, and tables as plain text, Markdown, CSV and LaTeX."""
+"""The row of a run, figures over seeds, and tables as plain text."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
-import re
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +13,6 @@ from sparsessm.options import Options
 from sparsessm.report.wording import figure_text, short_names
 
 NOTHING = "–"
-
-_LATEX = str.maketrans({
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "±": r"$\pm$", **{mark: "\\" + mark for mark in "_%&#${}"},
-})  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -94,16 +85,6 @@ def row(chosen: Options, metrics: Mapping[str, Any]) -> dict[str, str]:
     return cells
 
 
-def in_cells(figures: Iterable[Figure]) -> str:
-    """What stands in the cells beside the means of these figures, for a caption."""
-    figures = list(figures)
-    shown = {
-        " In parentheses the difference to the dense model.": [figure.over(figure.dense) for figure in figures],
-        " Mean ± standard deviation of the sample over seeds.": [figure.deviation for figure in figures],
-    }
-    return "".join(words for words, values in shown.items() if any(value is not None for value in values))
-
-
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows of cells as aligned columns; a row without a cell of that name shows a dash."""
     names = list(dict.fromkeys(name for cells in rows for name in cells))
@@ -116,52 +97,3 @@ def aligned(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of the text, with its bars escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-
-
-def comma_separated(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """The values as they are; an empty cell for None."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([head, *rows])
-    return out.getvalue()
-
-
-def latex_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str, label: str, labels: int,
-    groups: Sequence[str] = (), best: Collection[tuple[int, int]] = (), comments: Sequence[Sequence[str]] = (),
-) -> str:  # fmt: skip
-    """A table environment for booktabs and adjustbox; what is wider than the text, or longer than a page, is shrunk.
-
-    Args:
-        labels: how many columns, from the left, are names; the others are figures. groups: heads over equal parts of the
-            columns of figures. best: (row, column) of what is set in bold. comments: lines above each row.
-    """
-    columns = "l" * labels + "r" * (len(head) - labels)
-    lines = [
-        "% needs \\usepackage{booktabs} and \\usepackage{adjustbox}", r"\begin{table}[tbp]", r"\centering",
-        rf"\caption{{{caption.translate(_LATEX)}}}", rf"\label{{tab:{label}}}",
-        r"\begin{adjustbox}{max width=\textwidth, max totalheight=0.85\textheight}",
-        rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
-    ]  # fmt: skip
-    if groups:
-        wide = (len(head) - labels) // len(groups)
-        heads = [rf"\multicolumn{{{wide}}}{{c}}{{{one.translate(_LATEX)}}}" for one in groups]
-        lines.append(" & ".join([""] * labels + heads) + r" \\")
-        starts = [labels + 1 + wide * i for i in range(len(groups))]
-        lines.append(" ".join(rf"\cmidrule(lr){{{start}-{start + wide - 1}}}" for start in starts))
-    lines.append(" & ".join(cell.translate(_LATEX) for cell in head) + r" \\")
-    grouped = len({cells[0] for cells in rows}) < len(rows)
-    for i, cells in enumerate(rows):
-        if i == 0 or (grouped and cells[0] != rows[i - 1][0]):
-            lines.append(r"\midrule")
-        lines += [f"% {comment}" for comment in (comments[i] if comments else ())]
-        shown = [cell.translate(_LATEX) for cell in cells]
-        shown[labels:] = [re.sub(r"(?<![\w.])-(?=[\w.])", "$-$", cell) for cell in shown[labels:]]  # signs, no hyphens
-        lines.append(" & ".join(rf"\textbf{{{cell}}}" if (i, j) in best else cell for j, cell in enumerate(shown)) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", r"\end{adjustbox}", r"\end{table}"]
-    return "\n".join(lines) + "\n"

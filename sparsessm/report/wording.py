@@ -22,8 +22,7 @@ def percent_text(share: float, digits: int = 1) -> str:
     """50 %, 33.3 %: no more decimals than needed, at most `digits`."""
     if not math.isfinite(share):
         return "not a number"
-    text = f"{100 * share:.{digits}f}"
-    return (text.rstrip("0").rstrip(".") if "." in text else text) + " %"
+    return f"{round(100 * share, digits):g} %"
 
 
 def bytes_text(size: float) -> str:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import os
+import re
 import shlex
 import sys
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsessm.errors import Interrupted, storing
 from sparsessm.files import strict_json, write_text
-from sparsessm.report import tables
-from sparsessm.report.tables import NOTHING, Figure, signed
+from sparsessm.report.tables import NOTHING, Figure, aligned, signed
 from sparsessm.report.wording import slug
 from sparsessm.runs.experiment import PERPLEXITY, SPENT, Experiment, fill_in
 from sparsessm.runs.grid import Cell, fill
+
+_LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "±": r"$\pm$", **{mark: "\\" + mark for mark in "_%&#${}"},
+})  # fmt: skip
 
 
 class _Part(NamedTuple):
@@ -73,8 +80,8 @@ def write(filled: Experiment, folder: Path) -> list[Path]:
 
 def text(filled: Experiment) -> str:
     """A table for each part, for a terminal."""
-    parts = [f"{part.title}:\n{tables.aligned(part.head, part.rows)}" for part in _parts(filled)]
-    return "\n\n".join(parts + _remarks(filled))
+    parts = [f"{part.title}:\n{aligned(part.head, part.rows)}" for part in _parts(filled)]
+    return "\n\n".join(filter(None, parts + _remarks(filled)))
 
 
 def markdown(filled: Experiment, folder: Path) -> str:
@@ -84,15 +91,18 @@ def markdown(filled: Experiment, folder: Path) -> str:
     runs = [" ".join(numbers[run] for run in line.folders.values()) or NOTHING for line in filled.lines]
     parts = [f"# {filled.name}: {filled.title}", f"Source: {filled.source}."]
     for part in _parts(filled):
-        rows = [[*cells, mine] for cells, mine in zip(part.rows, runs, strict=True)]
-        parts += [f"## {part.title}", tables.markdown_table([*part.head, "runs"], rows)]
+        head = [*part.head, "runs"]
+        rows = [head, ["---"] * len(head), *([*cells, mine] for cells, mine in zip(part.rows, runs, strict=True))]
+        lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |" for cells in rows]
+        parts += [f"## {part.title}", "\n".join(lines)]
     parts += _remarks(filled)
-    failures = [f"- {cell.label}: {reason}" for line in filled.lines for cell, reason in line.failures.items()]
-    if failures:
-        parts += ["## Failed", "\n".join(failures)]
-    if numbers:
-        parts += ["## Runs", "\n".join(f"{i}. `{os.path.relpath(run, folder)}`" for i, run in enumerate(numbers, start=1))]
-    return "\n\n".join(parts) + "\n"
+    below = {
+        "Failed": [f"- {cell.label}: {reason}" for line in filled.lines for cell, reason in line.failures.items()],
+        "Runs": [f"{number}. `{os.path.relpath(run, folder)}`" for number, run in enumerate(folders, start=1)],
+    }
+    for title, lines in below.items():
+        parts += [f"## {title}", "\n".join(lines)] if lines else []
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def comma_separated(filled: Experiment) -> str:
@@ -104,25 +114,46 @@ def comma_separated(filled: Experiment) -> str:
         for part, figures in line.figures.items():
             for column, figure in figures.items():
                 rows.append([filled.name, *where, part, column, *_described(figure).values(), line.state(*line.cells), runs])
-    return tables.comma_separated(head, rows)
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([head, *rows])
+    return out.getvalue()
 
 
 def latex(filled: Experiment) -> str:
-    """A table environment for each kind of figure; the run folders are comments above the lines."""
-    parts = [f"% {remark}" for remark in (f"{filled.name}: {filled.title}. Source: {filled.source}.", *filled.remarks)]
+    """A table for each kind of figure; the run folders are comments above the lines."""
+    lines = [f"% {remark}" for remark in (f"{filled.name}: {filled.title}. Source: {filled.source}.", *filled.remarks)]
     for part in _parts(filled):
-        if part.title == SPENT:
-            continue
-        beside = tables.in_cells(figure for line in filled.lines for figure in line.figures[part.title].values())
-        head = [*filled.heads, *("published", "ours", "difference") * len(part.groups)] if part.groups else part.head
-        table = tables.latex_table(
-            head, part.rows, labels=len(filled.heads), groups=part.groups,
-            caption=f"{filled.title}. {part.title}; in bold the best of the pruned models.{beside}",
-            label=slug(f"{filled.name} {part.title.split(',')[0]}"), best=part.best,
-            comments=[list(map(str, line.folders.values())) for line in filled.lines],
-        )  # fmt: skip
-        parts += ["", table.rstrip()]
-    return "\n".join(parts) + "\n"
+        if part.title != SPENT:
+            lines += ["", *_environment(filled, part)]
+    return "\n".join(lines) + "\n"
+
+
+def _environment(filled: Experiment, part: _Part) -> Iterator[str]:
+    """The lines of one table, for booktabs and adjustbox; what is wider than the text, or longer than a page, is shrunk."""
+    labels = len(filled.heads)  # columns of names, to the left of those of figures
+    beside = _in_cells(figure for line in filled.lines for figure in line.figures[part.title].values())
+    caption = " ".join([f"{filled.title}. {part.title}; in bold the best of the pruned models.", *beside])
+    yield "% needs \\usepackage{booktabs} and \\usepackage{adjustbox}"
+    yield from (r"\begin{table}[tbp]", r"\centering", rf"\caption{{{caption.translate(_LATEX)}}}")
+    yield rf"\label{{tab:{slug(filled.name + ' ' + part.title.split(',')[0])}}}"
+    yield r"\begin{adjustbox}{max width=\textwidth, max totalheight=0.85\textheight}"
+    yield from (rf"\begin{{tabular}}{{{'l' * labels}{'r' * (len(part.head) - labels)}}}", r"\toprule")
+    head = part.head
+    if part.groups:
+        groups = [rf"\multicolumn{{3}}{{c}}{{{column.translate(_LATEX)}}}" for column in part.groups]
+        yield " & ".join([""] * labels + groups) + r" \\"
+        yield " ".join(rf"\cmidrule(lr){{{start}-{start + 2}}}" for start in range(labels + 1, len(head), 3))
+        head = [*filled.heads, *("published", "ours", "difference") * len(groups)]
+    yield " & ".join(cell.translate(_LATEX) for cell in head) + r" \\"
+    ruled = len({cells[0] for cells in part.rows}) < len(part.rows)  # between what the first names tell apart
+    for i, (line, cells) in enumerate(zip(filled.lines, part.rows, strict=True)):
+        if i == 0 or (ruled and cells[0] != part.rows[i - 1][0]):
+            yield r"\midrule"
+        yield from (f"% {folder}" for folder in line.folders.values())
+        shown = [cell.translate(_LATEX) for cell in cells]
+        shown[labels:] = [re.sub(r"(?<![\w.])-(?=[\w.])", "$-$", cell) for cell in shown[labels:]]  # signs, no hyphens
+        yield " & ".join(rf"\textbf{{{cell}}}" if (i, j) in part.best else cell for j, cell in enumerate(shown)) + r" \\"
+    yield from (r"\bottomrule", r"\end{tabular}", r"\end{adjustbox}", r"\end{table}")
 
 
 def as_json(filled: Experiment) -> str:
@@ -153,8 +184,18 @@ def _described(figure: Figure) -> dict[str, Any]:
 
 def _remarks(filled: Experiment) -> list[str]:
     """What stands below the tables."""
-    cells = tables.in_cells(one for line in filled.lines for figures in line.figures.values() for one in figures.values())
-    return [*filled.remarks, *filter(None, [cells.strip()])]
+    figures = (figure for line in filled.lines for part in line.figures.values() for figure in part.values())
+    return [*filled.remarks, " ".join(_in_cells(figures))]
+
+
+def _in_cells(figures: Iterable[Figure]) -> list[str]:
+    """What stands in the cells beside the means of these figures."""
+    figures = list(figures)
+    shown = {
+        "In parentheses the difference to the dense model.": [figure.over(figure.dense) for figure in figures],
+        "Mean ± standard deviation of the sample over seeds.": [figure.deviation for figure in figures],
+    }
+    return [words for words, values in shown.items() if any(value is not None for value in values)]
 
 
 def _parts(filled: Experiment) -> Iterator[_Part]:

@@ -53,9 +53,8 @@ def load(file: Path, changes: Sequence[str] = (), seeds: Sequence[int] | None = 
         label = ", ".join(f"{name} {value}" for name, value in names.items()) or file.stem
         cells = repeated(label, [*fixed, *(f"--{name}={value}" for name, value in point.items())], seeds)
         lines.append(Line(names=names or {"sweep": file.stem}, cells=cells, model=point.get("model_path", "")))
-    title = f"Sweep over {' and '.join(varied) or 'one point'}"
     name = str(config.get("name", file.stem)).replace("/", "-")  # the table's files have it
-    return Experiment(name, title, str(file), lines)
+    return Experiment(name, f"Sweep over {' and '.join(varied) or 'one point'}", str(file), lines)
 
 
 def _values(file: Path, name: str, said: Any) -> list[Any]:

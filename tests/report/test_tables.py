@@ -7,7 +7,6 @@ import pytest
 from sparsessm.commandline import parse
 from sparsessm.report import tables
 from sparsessm.report.tables import Figure
-from tests.latex import rows_of
 
 METRICS = {
     "sparsity": {"ssm": 0.5, "layers": 0.0}, "perplexity": {"/a/news": 69.06, "/b/news": None},
@@ -49,13 +48,3 @@ def test_a_figure_over_seeds():
     assert Figure((1.0, math.inf), dense=2.0).text == "inf (+inf)"
     assert Figure((math.inf,), dense=math.inf).text == "inf"  # no difference can be said
     assert Figure(()).text == tables.NOTHING
-
-
-def test_latex_escapes_names_and_sets_signs():
-    rows = [["a_b & 5 %", "-0.25"], [r"{x}\y ~^<|>", "1e-05 (-2.00)"]]
-    text = tables.latex_table(["what #", "–"], rows, caption="50 % of A_log ± $", label="x", labels=1, best={(1, 1)})
-    head, first, second = rows_of(text)
-    assert head == [r"what \#", "--"] and first == [r"a\_b \& 5 \%", "$-$0.25"]
-    assert second[0] == r"\{x\}\textbackslash{}y \textasciitilde{}\textasciicircum{}\textless{}\textbar{}\textgreater{}"
-    assert second[1] == r"\textbf{1e-05 ($-$2.00)}"
-    assert r"\caption{50 \% of A\_log $\pm$ \$}" in text

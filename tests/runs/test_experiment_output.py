@@ -11,7 +11,8 @@ import pytest
 
 from sparsessm import commandline
 from sparsessm.runs import experiment_output, paper
-from sparsessm.runs.experiment import ACCURACY, PERPLEXITY, fill_in
+from sparsessm.runs.experiment import ACCURACY, PERPLEXITY, Experiment, Line, fill_in
+from sparsessm.runs.grid import Cell
 from tests.finished_runs import leave_run
 from tests.latex import rows_of
 
@@ -177,3 +178,16 @@ def test_a_mean_over_other_tasks_is_not_compared_with_the_published_average(tmp_
     assert list(figures)[-2:] == ["mine", "mean"]
     assert (figures["piqa"].mean, figures["mine"].mean, figures["mean"].mean) == (75.0, 25.0, 50.0)
     assert figures["average"].published == 43.36 and figures["average"].mean is None
+
+
+def test_latex_escapes_names_and_sets_signs():
+    rows = [["a_b & 5 %", "-0.25"], [r"{x}\y ~^<|>", "1e-05 (-2.00)"]]
+    lines = [Line(names={"what #": row[0]}, cells=(Cell("", ("demo", "demo")),), figures={"x": {}}) for row in rows]
+    part = experiment_output._Part("x", [], ["what #", "–"], rows, {(1, 1)})
+    filled = Experiment("x", "50 % of A_log ± $", "", lines)
+    text = "\n".join(experiment_output._environment(filled, part))
+    head, first, second = rows_of(text)
+    assert head == [r"what \#", "--"] and first == [r"a\_b \& 5 \%", "$-$0.25"]
+    assert second[0] == r"\{x\}\textbackslash{}y \textasciitilde{}\textasciicircum{}\textless{}\textbar{}\textgreater{}"
+    assert second[1] == r"\textbf{1e-05 ($-$2.00)}"
+    assert r"\caption{50 \% of A\_log $\pm$ \$. x; in bold the best of the pruned models.}" in text
