@@ -184,9 +184,15 @@ def test_a_killed_run_continues_its_page(run_main, text_folder, tmp_path, offlin
     """Offline, the second part has a file of its own, which `wandb sync` uploads to the same page after the first."""
     argv = ["demo", str(text_folder), *SMALL, *A_LOG, "--base_dir", str(tmp_path), "--nsamples", "12", "--calib_batch", "1"]
     process = Command(*argv, **{name: value for name, value in os.environ.items() if name.startswith("WANDB_")})
+    while not any('"event": "layer"' in file.read_text() for file in tmp_path.glob("default/*/events.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.005)
     while not any(rows_of(records_in(file)) for file in tmp_path.glob("default/*/wandb/offline-run-*/*.wandb")):
         assert process.poll() is None
-        time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)  # or it would be through before wandb's own process has written a row
+        time.sleep(0.05)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     (folder,) = tmp_path.glob("default/*")
