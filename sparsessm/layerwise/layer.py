@@ -21,7 +21,7 @@ from sparsessm.kernels.matmul import linear
 from sparsessm.kernels.selective_scan import SUM_DTYPE
 from sparsessm.layerwise import distributed
 from sparsessm.layerwise.memory import Stored
-from sparsessm.layerwise.statistics import Accumulator, CrossGram
+from sparsessm.layerwise.statistics import Accumulator, CrossGram, Readers
 from sparsessm.layerwise.stream import Importance, Stream
 from sparsessm.layerwise.visit import NO_CALL, Visit, visit
 from sparsessm.models.architecture import ENTERED, Call, Layout, Module
@@ -176,14 +176,13 @@ class Layer:
         if not advance and self._mixer is not None and accumulators.keys() <= set(self._mixer.MODULES):
             until = "scan" if self._mixer.MODULES[-1] in accumulators else "inputs"  # all that their own inputs need
 
+        readers = Readers(accumulators)
+
         def hooks(rows: slice, steps: slice) -> Hooks:
-            return {
-                name: partial(accumulator.update, tokens=self._tokens(name, rows, steps))
-                for name, accumulator in accumulators.items()
-            }
+            return {name: partial(readers.update, name, self._tokens(name, rows, steps)) for name in accumulators}
 
         self._pass(hooks, keep_outputs=advance, until=until)
-        for accumulator in accumulators.values():
+        for accumulator in readers.finish():
             distributed.all_sum(*accumulator.tensors())
 
     @torch.no_grad()

@@ -6,6 +6,8 @@ states are kept by the scan itself, `sparsessm.kernels.selective_scan.ScanStatis
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from typing import Protocol, Self
 
 import torch
@@ -85,6 +87,41 @@ class ShiftedGram(_Sum):
                 self.total[:, i, j] += products
                 if j > i:
                     self.total[:, j, i] += products
+
+
+class Readers:
+    """The accumulators of some modules, of which those share their sums that read the very same tensor.
+
+    So do the queries, keys and values of attention, and the two branches of a gated MLP. Which modules do is seen when each
+    reads for the first time; a layer takes the same way every time.
+    """
+
+    def __init__(self, accumulators: Mapping[str, Accumulator]) -> None:
+        self.accumulators = accumulators
+        self._leaders: dict[str, str] = {}  # by module: the one that sums for it
+        self._read: list[tuple[str, weakref.ref[Tensor], int]] = []  # by whom, what, and in which version
+
+    def update(self, module: str, tokens: Tensor | None, inputs: Tensor) -> None:
+        """Shows a module's inputs to the accumulator that sums for it, if that has not seen them; see Accumulator.update."""
+        if module not in self._leaders:
+            self._leaders[module] = module
+            if tokens is None:
+                version = inputs._version  # of what was written over in between the same tensor would be another
+                alike = (other for other, read, then in self._read if read() is inputs and then == version)
+                leader = next((other for other in alike if self._kind(other) == self._kind(module)), module)
+                self._leaders[module] = self._leaders[leader]
+                self._read.append((module, weakref.ref(inputs), version))
+        if self._leaders[module] == module:
+            self.accumulators[module].update(inputs, tokens)
+
+    def _kind(self, module: str) -> tuple[type, torch.Size]:
+        return type(self.accumulators[module]), self.accumulators[module].total.shape
+
+    def finish(self) -> list[Accumulator]:
+        """Gives all the sums, and returns the accumulators that hold them, each once."""
+        for module, leader in self._leaders.items():
+            self.accumulators[module].total = self.accumulators[leader].total
+        return [mine for module, mine in self.accumulators.items() if self._leaders.get(module, module) == module]
 
 
 class CrossGram(_Sum):

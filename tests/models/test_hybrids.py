@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from sparsessm.errors import InputError
 from sparsessm.kernels.selective_scan import force_kernel
+from sparsessm.layerwise.layer import each_layer
+from sparsessm.layerwise.statistics import Gram
 from sparsessm.layerwise.stream import Stream
 from sparsessm.models.architecture import Layout
 from sparsessm.models.family import ARCHITECTURES
@@ -17,6 +19,7 @@ from sparsessm.models.mamba2 import _OutputLoss
 from sparsessm.options import Options
 from sparsessm.procedure.plan import plan_of
 from sparsessm.procedure.prune import prune
+from sparsessm.report.wording import grouped
 from sparsessm.runs.journal import Journal
 from tests.family import (
     GATE_FIRST,
@@ -67,6 +70,26 @@ PARTS = {
     "zamba2": {"mixer": 3, "mlp": 1},  # the transformer block is shared
     "jamba": {"mixer": 5, "attention": 4, "mlp": 3},
 }
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_modules_that_read_one_tensor_share_their_sums_and_no_others_do(kind):
+    """Each has what it would have alone; queries, keys and values have one, and so have the branches of a gated MLP."""
+    layout = Layout(random_model_of(kind))
+    stream = Stream.embed(layout, IDS, device="cpu", offload="cpu", batch=2, steps=8)
+    for layer in each_layer(layout, stream):
+        linear = [name for name in layer.modules if layer.weight(name).dim() == 2]
+        together = {name: Gram(layer.weight(name).shape[1]) for name in linear}
+        layer.observe(together)
+        for name in linear:
+            alone = {name: Gram(layer.weight(name).shape[1])}
+            layer.observe(alone)
+            assert torch.equal(together[name].total, alone[name].total)
+        named = grouped((id(gram.total), name.split(".")[-1]) for name, gram in together.items())
+        shared = {tuple(names) for names in named.values() if len(names) > 1}
+        last = {name.split(".")[-1] for name in linear}
+        expected = {one for one in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) if last.issuperset(one)}
+        assert shared == expected
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
