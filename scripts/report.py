@@ -31,9 +31,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     runs = read_runs(options.experiments)
     write_report(runs, options.experiments, options.output)
-    written = [str(options.output), plural(len(runs.finished), "run")]
-    if runs.unfinished or runs.damaged:
-        written.append(f"{len(runs.unfinished) + len(runs.damaged)} left out")
+    left = len(runs.unfinished) + len(runs.damaged)
+    written = [str(options.output), plural(len(runs.finished), "run"), *([f"{left} left out"] if left else [])]
     if options.plots:
         written.append(f"{plural(len(write_plots(runs.finished, options.plots)), 'plot')} in {options.plots}")
     print(", ".join(written))

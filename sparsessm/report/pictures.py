@@ -279,10 +279,9 @@ def state_map(record: Record) -> HeatMap | None:
     unit, layers = unit_of(masks), [str(layer) for layer in masks]
     values = _padded([mask.mean(0) for mask in masks.values()])
     states = [str(n) for n in range(values.shape[1])]
-    title, key = f"Pruned share of A_log by layer and {unit}", f"state shares {record.name}"
-    if len(layers) > len(states):
-        return HeatMap("state_shares", key, title, "", states, layers, values.T, unit, "layer")
-    return HeatMap("state_shares", key, title, "", layers, states, values, "layer", f"{unit} index")
+    upright, turned = (layers, states, values, "layer", f"{unit} index"), (states, layers, values.T, unit, "layer")
+    return HeatMap("state_shares", f"state shares {record.name}", f"Pruned share of A_log by layer and {unit}", "",
+                   *(turned if len(layers) > len(states) else upright))  # fmt: skip
 
 
 def mask_map(record: Record) -> HeatMap | None:

@@ -13,16 +13,12 @@ _Item = TypeVar("_Item")
 
 def figure_text(value: float) -> str:
     """A perplexity, or another figure of a table: 67.68, and 2.31e+07 where most digits would mean nothing."""
-    if not math.isfinite(value):
-        return str(value)
     return f"{round(value, 2) + 0.0:.2f}" if abs(value) < 1e5 else f"{value:.2e}"  # + 0.0: no minus before a zero
 
 
 def percent_text(share: float, digits: int = 1) -> str:
     """50 %, 33.3 %: no more decimals than needed, at most `digits`."""
-    if not math.isfinite(share):
-        return "not a number"
-    return f"{round(100 * share, digits):g} %"
+    return f"{round(100 * share, digits):g} %" if math.isfinite(share) else "not a number"
 
 
 def bytes_text(size: float) -> str:
