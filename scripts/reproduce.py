@@ -1,4 +1,4 @@
-"""Fills a table of the paper: runs what is missing, resumes what was interrupted, prints it, writes Markdown, CSV and LaTeX.
+"""Fills a table of the paper: runs what is missing, resumes what broke off, prints it, writes Markdown, CSV, LaTeX and JSON.
 
     python scripts/reproduce.py ssm_50 --models 130m 370m
     python scripts/reproduce.py ssm_50 --models demo --dataset demo --seqlen 128 --nsamples 8 --eval_windows 8
