@@ -23,7 +23,7 @@ from sparsessm.report.wording import plural
 
 @ending_in_one_line
 def main(argv: Sequence[str]) -> int:
-    """Exit code: 0, or 2 with one line that says what to do."""
+    """Exit code: 0, 2 with one line that says what to do, or 128 + the number of the signal that stopped it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", type=Path, metavar="EXPERIMENTS_DIR", help="folder of runs, at any depth")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)")

@@ -7,6 +7,7 @@ at once: the mixer keeps a cache of its last inputs and its state.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -182,7 +183,8 @@ class Layer:
             return {name: partial(readers.update, name, self._tokens(name, rows, steps)) for name in accumulators}
 
         self._pass(hooks, keep_outputs=advance, until=until)
-        for accumulator in readers.finish():
+        leaders = [json.loads(text) for text in distributed.gather_text(json.dumps(readers.leaders))]
+        for accumulator in readers.finish({module: leader for one in leaders for module, leader in one.items()}):
             distributed.all_sum(*accumulator.tensors())
 
     @torch.no_grad()

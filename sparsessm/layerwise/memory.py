@@ -84,7 +84,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return peak
 
 
-_highest = 0  # Linux counts pages in batches for each thread, so that its figure of the peak can fall by some of them
+_highest = 0  # Linux counts pages in batches for each thread, so that its figure of the peak can fall a little
 
 
 def _own_peak() -> int:

@@ -93,35 +93,42 @@ class Readers:
     """The accumulators of some modules, of which those share their sums that read the very same tensor.
 
     So do the queries, keys and values of attention, and the two branches of a gated MLP. Which modules do is seen when each
-    reads for the first time; a layer takes the same way every time.
+    reads for the first time: a layer takes the same way every time, and a module reads once on the way.
+
+    Attributes:
+        leaders: by module that has read, the one that sums for it.
     """
 
     def __init__(self, accumulators: Mapping[str, Accumulator]) -> None:
         self.accumulators = accumulators
-        self._leaders: dict[str, str] = {}  # by module: the one that sums for it
+        self.leaders: dict[str, str] = {}
         self._read: list[tuple[str, weakref.ref[Tensor], int]] = []  # by whom, what, and in which version
 
     def update(self, module: str, tokens: Tensor | None, inputs: Tensor) -> None:
         """Shows a module's inputs to the accumulator that sums for it, if that has not seen them; see Accumulator.update."""
-        if module not in self._leaders:
-            self._leaders[module] = module
+        if module not in self.leaders:
+            self.leaders[module] = module
             if tokens is None:
-                version = inputs._version  # of what was written over in between the same tensor would be another
+                version = inputs._version  # a tensor that was written to in between holds other values
                 alike = (other for other, read, then in self._read if read() is inputs and then == version)
                 leader = next((other for other in alike if self._kind(other) == self._kind(module)), module)
-                self._leaders[module] = self._leaders[leader]
+                self.leaders[module] = self.leaders[leader]
                 self._read.append((module, weakref.ref(inputs), version))
-        if self._leaders[module] == module:
+        if self.leaders[module] == module:
             self.accumulators[module].update(inputs, tokens)
 
-    def _kind(self, module: str) -> tuple[type, torch.Size]:
-        return type(self.accumulators[module]), self.accumulators[module].total.shape
+    def _kind(self, module: str) -> tuple[type, torch.Size, int]:
+        mine = self.accumulators[module]
+        return type(mine), mine.total.shape, getattr(mine, "skip", 0)
 
-    def finish(self) -> list[Accumulator]:
-        """Gives all the sums, and returns the accumulators that hold them, each once."""
-        for module, leader in self._leaders.items():
+    def finish(self, leaders: Mapping[str, str]) -> list[Accumulator]:
+        """Gives all modules their sums, and returns the accumulators that hold them, each once.
+
+        leaders: of all processes, of which one may have had no windows.
+        """
+        for module, leader in leaders.items():
             self.accumulators[module].total = self.accumulators[leader].total
-        return [mine for module, mine in self.accumulators.items() if self._leaders.get(module, module) == module]
+        return [mine for module, mine in self.accumulators.items() if leaders.get(module, module) == module]
 
 
 class CrossGram(_Sum):

@@ -187,7 +187,7 @@ def read_run(folder: Path, name: str | None = None) -> Record:
     record = Record(
         folder=folder, name=name or "/".join(folder.absolute().parts[-2:]), options=without_own(options),
         metrics=metrics | {"zero_shot": _numbers(tasks)}, shares=_read_shares(folder / "sparsity.json"),
-        **_read_events(folder / "events.jsonl"),
+        **_read_events(folder / "events.jsonl", METHODS.get(options["method"], Method("")).removes_parts),
     )  # fmt: skip
     record.masks()  # a file that cannot be read is found here, not when they are drawn
     return record
@@ -263,8 +263,8 @@ def _read_shares(path: Path) -> dict[tuple[int, str], float]:
     return found
 
 
-def _read_events(path: Path) -> dict[str, dict[Any, Any]]:
-    """What a record has of its events; a line that is not as expected, as the last one of a killed run, is passed over."""
+def _read_events(path: Path, removes: bool) -> dict[str, dict[Any, Any]]:
+    """What a record has of its events, whatever else a killed run left; removes: whether its method removes whole parts."""
     sensitivities: dict[str, dict[int, float]] = defaultdict(dict)
     removals: dict[int, float] = {}
     memory_after: dict[str, dict[str, float]] = {}
@@ -278,8 +278,8 @@ def _read_events(path: Path) -> dict[str, dict[Any, Any]]:
                 for module, value in _numbers(figures).items():
                     if module != "seconds":
                         sensitivities[module][layer] = value
-            case {"event": "layer", "layer": layer, "perplexity": value} if _is_whole(layer) and _is_number(value):
-                removals[layer] = value
+            case {"event": "layer", "layer": layer, "perplexity": value} if removes and _is_whole(layer):
+                removals |= {layer: value} if _is_number(value) and value > 0 else {}
             case {"event": "phase", "phase": phase, "peak_memory_bytes": dict(peaks)}:
                 if phase == "load":
                     memory_after.clear()  # a resumed run starts again, in another process

@@ -14,6 +14,7 @@ from sparsessm.report.wording import figure_text, short_names
 
 NOTHING = "–"
 
+
 @dataclass(frozen=True)
 class Figure:
     """A figure of a table: one value a seed, what was published, and that of the dense model."""

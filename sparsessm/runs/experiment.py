@@ -56,7 +56,7 @@ class Experiment:
     """source: where it comes from. remarks: what a reader should know of the figures.
 
     Raises:
-        InputError: main.py would refuse every run.
+        InputError: there is no run, or main.py would refuse each.
     """
 
     name: str
@@ -66,8 +66,9 @@ class Experiment:
     remarks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if all(cell.refusal for cell in self.cells):
-            raise InputError(str(self.cells[0].refusal))
+        refusals = [cell.refusal for cell in self.cells] or [f"{self.name} asks for no run"]
+        if all(refusals):
+            raise InputError(str(refusals[0]))
 
     @property
     def cells(self) -> list[Cell]:
@@ -127,7 +128,7 @@ def _measured(folder: Path, texts: Mapping[str, str]) -> dict[tuple[str, str], f
     The published average is one over five tasks: a mean over others keeps its own column.
     """
     metrics = json.loads((folder / "metrics.json").read_text())
-    scores, share = metrics["zero_shot"], metrics["sparsity"]
+    scores, share = metrics.get("zero_shot", {}), metrics["sparsity"]
     mean = "average" if scores.keys() - {"mean"} == set(TASKS) else "mean"
     found = {(PERPLEXITY, texts[name]): value for name, value in with_infinite(metrics["perplexity"]).items()}
     dense = with_infinite(metrics.get("dense_perplexity", {}))

@@ -40,7 +40,7 @@ class _Part(NamedTuple):
 
 
 def carry_out(experiment: Experiment, known: Namespace, folder: str, index: int | None = None) -> int:
-    """Runs what is missing; then, whatever came of it, writes and prints the table. Returns the exit code.
+    """Runs what is missing; then, and when a signal stops it, writes and prints the table. Returns the exit code.
 
     Args:
         known: what `grid.parser` reads. folder: for the table, in its base_dir. index: run this cell alone, without a table.
@@ -204,19 +204,20 @@ def _parts(filled: Experiment) -> Iterator[_Part]:
         head, rows = filled.heads, []
         for column in columns:
             head += [f"{column} published", f"{column} ours", "difference"] if compares else [column]
+        head += ["state"] if title == SPENT else []
         numbers: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)  # by model and cell, then by row
         for i, line in enumerate(filled.lines):
             cells = [line.names.get(name, NOTHING) for name in filled.heads]
             for figure in line.figures[title].values():
                 for j, number in enumerate([figure.published, figure.mean] if compares else [figure.mean], start=len(cells)):
-                    if line.prunes and number is not None and math.isfinite(number):
+                    if line.prunes and title != SPENT and number is not None and math.isfinite(number):
                         numbers[line.model, j][i] = number
                 ours = "failed" if line.failures and figure.mean is None else figure.text
                 published = NOTHING if figure.published is None else f"{figure.published:g}"
                 over = figure.over(figure.published)
                 difference = NOTHING if over is None else signed(over)
                 cells += [published, ours, difference] if compares else [ours]
-            rows.append(cells)
+            rows.append([*cells, line.state(*line.cells)] if title == SPENT else cells)
         choose = min if title == PERPLEXITY else max
         best = {(i, j) for (_, j), found in numbers.items() for i in found if found[i] == choose(found.values())}
         yield _Part(title, list(columns) if compares else [], head, rows, best)

@@ -180,7 +180,7 @@ class _Job:
 
     Attributes:
         free: the variables of workers without a run. running: labels of the cells whose runs live. stopping: once it is
-        set, each thread ends its run and takes no other cell.
+        set, each thread ends its run and starts no other.
     """
 
     base_dir: Path
@@ -207,15 +207,15 @@ class _Job:
         code, variables = None, self.free.pop()
         try:
             broken_off = interrupted(cell, self.base_dir)
-            if broken_off and not finished(cell, self.base_dir):
+            if broken_off and not finished(cell, self.base_dir) and not self.stopping.is_set():
                 code = self._run(cell, ["--resume", str(broken_off)], variables, handed)
             # it refuses to resume where the model, the text or the settings changed since
-            if not finished(cell, self.base_dir) and code in (None, UNUSABLE):
+            if not finished(cell, self.base_dir) and code in (None, UNUSABLE) and not self.stopping.is_set():
                 code = self._run(cell, cell.command(self.base_dir), variables, handed)
         finally:
             self.free.append(variables)
             lock.release()
-        if finished(cell, self.base_dir):
+        if finished(cell, self.base_dir) or self.stopping.is_set():
             return None
         console = folder / "console.log"
         said = (console.read_text(errors="replace").strip() or "it said nothing").splitlines()[-1].strip()

@@ -54,7 +54,10 @@ def load(file: Path, changes: Sequence[str] = (), seeds: Sequence[int] | None = 
         cells = repeated(label, [*fixed, *(f"--{name}={value}" for name, value in point.items())], seeds)
         lines.append(Line(names=names or {"sweep": file.stem}, cells=cells, model=point.get("model_path", "")))
     name = str(config.get("name", file.stem)).replace("/", "-")  # the table's files have it
-    return Experiment(name, f"Sweep over {' and '.join(varied) or 'one point'}", str(file), lines)
+    try:
+        return Experiment(name, f"Sweep over {' and '.join(varied) or 'one point'}", str(file), lines)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def _values(file: Path, name: str, said: Any) -> list[Any]:

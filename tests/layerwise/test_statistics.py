@@ -93,20 +93,22 @@ def test_hessian_divides_by_samples_and_not_by_tokens():
 
 def test_readers_share_only_what_is_one_tensor_of_one_kind_that_counts_alike(inputs):
     kinds = {"first": Gram, "same": Gram, "norms": SquaredNorms, "equal": Gram, "weighted": Gram, "changed": Gram}
-    readers = Readers({name: kind(D) for name, kind in kinds.items()})
+    readers = Readers({name: kind(D) for name, kind in kinds.items()} | {"later": Gram(D, skip=K - 1)})
     tokens = torch.full(inputs.shape[:2], 2.0)
     for _ in range(2):
         x = inputs.clone()
-        for name in ("first", "same", "norms"):
+        for name in ("first", "same", "norms", "later"):
             readers.update(name, None, x)
         readers.update("equal", None, x.clone())
         readers.update("weighted", tokens, x)
         x *= 3.0
         readers.update("changed", None, x)
-    assert len(readers.finish()) == 5
+    assert len(readers.finish(readers.leaders)) == 6
     flat = inputs.double().flatten(0, 1)
     sums = {name: one.total for name, one in readers.accumulators.items()}
     assert sums["first"] is sums["same"] and sums["first"] is not sums["equal"]
+    later = inputs[:, K - 1 :].double().flatten(0, 1)
+    torch.testing.assert_close(sums["later"], 2 * later.T @ later, rtol=1e-5, atol=1e-5)
     for name, times in {"first": 2, "equal": 2, "weighted": 4, "changed": 18}.items():
         torch.testing.assert_close(sums[name], times * flat.T @ flat, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sums["norms"], 2 * flat.square().sum(0), rtol=1e-5, atol=1e-5)
@@ -116,4 +118,4 @@ def test_a_reader_that_never_reads_has_sums_of_its_own(inputs):
     """As an expert that no token went to: all processes add up the same sums."""
     readers = Readers({"first": Gram(D), "never": Gram(D)})
     readers.update("first", None, inputs)
-    assert len(readers.finish()) == 2 and not readers.accumulators["never"].total.any()
+    assert len(readers.finish(readers.leaders)) == 2 and not readers.accumulators["never"].total.any()

@@ -141,6 +141,7 @@ def test_seeds_repeat_the_runs_that_prune():
     [
         ("ssm_51", {}, "there is no table ssm_51; there are: .*ssm_50"),
         ("ssm_50", {"only": ["magnitud"]}, "no row magnitud; it has: dense, magnitude"),
+        ("ssm_50", {"only": []}, "ssm_50 asks for no run"),
         ("ssm_50", {"dataset": ["ptb", "c4"]}, "give --dataset one name"),
         ("ssm_50", {"argv": ["--save", "x"]}, "--save would send all runs"),
         ("ssm_50", {"argv": ["--base_dir=x"]}, "--base_dir=x would send all runs"),

@@ -122,7 +122,7 @@ def test_the_words_of_the_command_reach_the_runs(tmp_path):
         ("{method: grid, parameters: {ppl_datasets: {value: [ptb, c4]}}}", [], r"a value of ppl_datasets is \['ptb', "),
         ("{method: grid, parameters: {module: {value: null}}}", [], "a value of module is None"),
         ("{method: grid, parameters: {model_path: {value: demo}}}", [], "give a MODEL and a DATASET"),
-        ("{method: grid, parameters: {modle: {value: demo}}}", [], "unrecognized arguments: --modle=demo"),
+        ("{method: grid, parameters: {modle: {value: demo}}}", [], "mine.yaml: unrecognized arguments: --modle=demo"),
         ("{method: grid, parameters: {seed: {value: 0}}}", ["seed"], "--set seed is not NAME=VALUE"),
         ("{method: grid, parameters: {seed: {value: 0}}}", ["seed="], "--set seed= is not NAME=VALUE"),
         ("{method: grid, parameters: {seed: {value: 0}}}", ["seed=[1"], "--set seed=.1 is not NAME=VALUE"),
@@ -148,11 +148,12 @@ def test_results_have_a_row_for_each_point(tmp_path):
         ("transition", "sum", "to do", ""),
     }  # fmt: skip
     page = experiment_output.markdown(filled, tmp_path)
-    assert "| a_log | vote | 123.46 | [1] |" in page and "| a_log | vote | 50.00 | 0.00 | 4.00 | [1] |" in page
-    assert f"1. `{done.relative_to(tmp_path)}`" in page and "| transition | sum | – | – | – | – |" in page
+    assert "| a_log | vote | 123.46 | [1] |" in page and "| a_log | vote | 50.00 | 0.00 | 4.00 | done | [1] |" in page
+    assert f"1. `{done.relative_to(tmp_path)}`" in page and "| transition | sum | – | – | – | to do | – |" in page
     assert "- saliency a_log, aggregate sum: error: no memory (exit code 1; log)" in page
     shown = experiment_output.text(filled).splitlines()
-    assert "a_log       sum        failed" in shown and "transition  sum        –        –          –" in shown
+    assert "a_log       sum        failed" in shown
+    assert "transition  sum        –        –          –        to do" in shown
 
 
 def test_seeds_repeat_every_run_and_make_mean_and_deviation(tmp_path):
