@@ -35,6 +35,7 @@ def in_file(file: Path) -> set[str]:
         if line.startswith("-r "):
             found |= in_file(file.parent / line.removeprefix("-r ").strip())
         elif line:
+            assert str(Requirement(line)) not in found, f"{file.name} names {line} twice"
             found.add(str(Requirement(line)))
     return found
 

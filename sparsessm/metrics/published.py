@@ -1,10 +1,11 @@
-"""The dense perplexities that the paper's tables give, to tell a broken set-up from a finding."""
+"""The figures of the paper's tables; dense perplexities among them tell a broken set-up from a finding."""
 
 from __future__ import annotations
 
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 TABLES = Path(__file__).resolve().parent / "paper_tables.json"
 SEQLEN = 2048  # tokens per window in the published tables
@@ -17,9 +18,13 @@ _CAUSES = (
 
 
 @cache
-def _rows() -> dict[str, dict[str, dict[str, float]]]:
-    tables = json.loads(TABLES.read_text())["tables"]
-    return tables["ssm_50_v2"]["rows"] | tables["ssm_50"]["rows"]  # the second lacks Mamba-2
+def _tables() -> dict[str, Any]:
+    return json.loads(TABLES.read_text())["tables"]
+
+
+def published_figures(table: str, model: str, row: str) -> dict[str, float]:
+    """Figures by column, of a model by its bare name (mamba-130m); empty where there are none."""
+    return _tables().get(table, {"rows": {}})["rows"].get(model, {}).get(row, {})
 
 
 def bare_name(model: str) -> str:
@@ -29,7 +34,8 @@ def bare_name(model: str) -> str:
 
 def published_dense(model: str, dataset: str) -> float | None:
     """The published dense perplexity of a model (mamba-130m, also as a hub id or with -hf) on a data set, if any."""
-    return _rows().get(bare_name(model), {}).get("dense", {}).get(dataset)
+    both = [published_figures(table, bare_name(model), "dense") for table in ("ssm_50", "ssm_50_v2")]
+    return next(filter(None, both), {}).get(dataset)  # the first lacks Mamba-2
 
 
 def dense_warning(model: str, dataset: str, perplexity: float, *, seqlen: int, all_windows: bool) -> str | None:

@@ -66,8 +66,7 @@ class Record:
 
     @property
     def _recipe(self) -> Method:
-        """The row of the method; of one that is not known, and of none, the defaults."""
-        return METHODS.get(self.options["method"], Method(""))
+        return _recipe(self.options)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -187,10 +186,15 @@ def read_run(folder: Path, name: str | None = None) -> Record:
     record = Record(
         folder=folder, name=name or "/".join(folder.absolute().parts[-2:]), options=without_own(options),
         metrics=metrics | {"zero_shot": _numbers(tasks)}, shares=_read_shares(folder / "sparsity.json"),
-        **_read_events(folder / "events.jsonl", METHODS.get(options["method"], Method("")).removes_parts),
+        **_read_events(folder / "events.jsonl", _recipe(options).removes_parts),
     )  # fmt: skip
     record.masks()  # a file that cannot be read is found here, not when they are drawn
     return record
+
+
+def _recipe(options: Mapping[str, Any]) -> Method:
+    """The row of the method; of one that is not known, and of none, the defaults."""
+    return METHODS.get(options["method"], Method(""))
 
 
 def _order(record: Record) -> tuple[Any, ...]:

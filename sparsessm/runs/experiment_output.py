@@ -107,10 +107,10 @@ def markdown(filled: Experiment, folder: Path) -> str:
 
 def comma_separated(filled: Experiment) -> str:
     """One line a figure, unrounded: table, the line's names, part and column, the figure, state and runs."""
-    head = ["table", *filled.heads, "part", "column", *_described(Figure(())), "state", "runs"]
-    rows = []
+    names, rows = filled.heads, []
+    head = ["table", *names, "part", "column", *_described(Figure(())), "state", "runs"]
     for line in filled.lines:
-        where, runs = [line.names.get(name) for name in filled.heads], ";".join(map(str, line.folders.values()))
+        where, runs = [line.names.get(name) for name in names], ";".join(map(str, line.folders.values()))
         for part, figures in line.figures.items():
             for column, figure in figures.items():
                 rows.append([filled.name, *where, part, column, *_described(figure).values(), line.state(*line.cells), runs])
@@ -199,25 +199,28 @@ def _in_cells(figures: Iterable[Figure]) -> list[str]:
 
 
 def _parts(filled: Experiment) -> Iterator[_Part]:
+    names = filled.heads
     for title, columns in filled.lines[0].figures.items():
         compares = any(figure.published is not None for line in filled.lines for figure in line.figures[title].values())
-        head, rows = filled.heads, []
+        head, rows = [*names], []
         for column in columns:
             head += [f"{column} published", f"{column} ours", "difference"] if compares else [column]
-        head += ["state"] if title == SPENT else []
         numbers: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)  # by model and cell, then by row
         for i, line in enumerate(filled.lines):
-            cells = [line.names.get(name, NOTHING) for name in filled.heads]
+            cells = [line.names.get(name, NOTHING) for name in names]
             for figure in line.figures[title].values():
                 for j, number in enumerate([figure.published, figure.mean] if compares else [figure.mean], start=len(cells)):
-                    if line.prunes and title != SPENT and number is not None and math.isfinite(number):
+                    if line.prunes and number is not None and math.isfinite(number):
                         numbers[line.model, j][i] = number
                 ours = "failed" if line.failures and figure.mean is None else figure.text
                 published = NOTHING if figure.published is None else f"{figure.published:g}"
                 over = figure.over(figure.published)
                 difference = NOTHING if over is None else signed(over)
                 cells += [published, ours, difference] if compares else [ours]
-            rows.append([*cells, line.state(*line.cells)] if title == SPENT else cells)
+            rows.append(cells)
+        if title == SPENT:  # neither the least nor the most is the best
+            head, numbers = [*head, "state"], {}
+            rows = [[*cells, line.state(*line.cells)] for line, cells in zip(filled.lines, rows, strict=True)]
         choose = min if title == PERPLEXITY else max
         best = {(i, j) for (_, j), found in numbers.items() for i in found if found[i] == choose(found.values())}
         yield _Part(title, list(columns) if compares else [], head, rows, best)

@@ -205,17 +205,21 @@ class _Job:
         if lock is None:
             return _HELD
         code, variables = None, self.free.pop()
+
+        def ended() -> bool:
+            return self.stopping.is_set() or finished(cell, self.base_dir) is not None
+
         try:
             broken_off = interrupted(cell, self.base_dir)
-            if broken_off and not finished(cell, self.base_dir) and not self.stopping.is_set():
+            if broken_off and not ended():
                 code = self._run(cell, ["--resume", str(broken_off)], variables, handed)
             # it refuses to resume where the model, the text or the settings changed since
-            if not finished(cell, self.base_dir) and code in (None, UNUSABLE) and not self.stopping.is_set():
+            if code in (None, UNUSABLE) and not ended():
                 code = self._run(cell, cell.command(self.base_dir), variables, handed)
         finally:
             self.free.append(variables)
             lock.release()
-        if finished(cell, self.base_dir) or self.stopping.is_set():
+        if ended():
             return None
         console = folder / "console.log"
         said = (console.read_text(errors="replace").strip() or "it said nothing").splitlines()[-1].strip()

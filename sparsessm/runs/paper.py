@@ -16,7 +16,7 @@ from typing import Any
 
 from sparsessm.commandline import words_of
 from sparsessm.errors import InputError
-from sparsessm.metrics.published import SEQLEN, TABLES, bare_name
+from sparsessm.metrics.published import SEQLEN, bare_name, published_figures
 from sparsessm.options import DEFAULTS
 from sparsessm.report.wording import short_names
 from sparsessm.runs.experiment import Experiment, Line, crossed, repeated
@@ -50,11 +50,6 @@ class Table:
     flags: Mapping[str, Any] = field(default_factory=dict)
     vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     notes: Sequence[str] = ()
-
-    def published_figures(self, model: str, row: str) -> dict[str, float]:
-        """Published figures by column, of a model by its bare name (mamba-130m); empty where there are none."""
-        published = json.loads(TABLES.read_text())["tables"].get(self.name, {"rows": {}})
-        return published["rows"].get(model, {}).get(row, {})
 
 
 def names() -> list[str]:
@@ -124,7 +119,7 @@ def experiment(
                 words = [model, ordered.pop("dataset"), *words_of(ordered), *argv]
                 name = ", ".join([row, *(f"{flag} {value}" for flag, value in said.items())])
                 cells = repeated(f"{shown}, {name}", words, seeds if prunes else None)  # a seed changes no dense run
-                published = table.published_figures(bare_name(model), name)
+                published = published_figures(table.name, bare_name(model), name)
                 names = {"model": shown, "row": row} | said
                 lines.append(Line(names=names, cells=cells, model=model, prunes=prunes, published=published))
     return Experiment(table.name, table.title, table.source, lines, _remarks(table, lines))
