@@ -65,10 +65,6 @@ class Record:
         return self.options["method"] or ("pruned before" if any(self.metrics["sparsity"].values()) else "dense")
 
     @property
-    def _recipe(self) -> Method:
-        return _recipe(self.options)
-
-    @property
     def parts(self) -> tuple[str, ...]:
         """What was to be pruned: "A_log", "weights", both, or nothing."""
         named = {"A_log": "prune_A", "weights": "prune_layers"}
@@ -87,21 +83,22 @@ class Record:
             return None
         if self.options["prunem"]:
             return f"{self.options['prunen']}:{self.options['prunem']}"
-        if self._recipe.removes_parts:
+        if _recipe(self.options).removes_parts:
             return "whole blocks" if self.options["prune_layers"] else "whole SSMs"
         return {"": "unstructured", "states": "structured"}.get(self.whole, self.whole)
 
     @property
     def whole(self) -> str:
         """What of A_log was removed whole, "states" or "heads", or nothing."""
-        return WHOLE.get(self.options["structure"] or self._recipe.structure, "") if self.options["prune_A"] else ""
+        return WHOLE.get(self.options["structure"] or _recipe(self.options).structure, "") if self.options["prune_A"] else ""
 
     @property
     def aggregation(self) -> tuple[str, float | None] | None:
         """(rule, parameter) by which scores over time became one; None where no score was taken over time."""
-        saliency = SALIENCIES.get(self.options["saliency"] or self._recipe.saliency or "")
-        rule = self.options["aggregate"] or self._recipe.aggregate
-        over_time = saliency is not None and saliency.needs and not saliency.interacts and not self._recipe.obs_on_A_log
+        method = _recipe(self.options)
+        saliency = SALIENCIES.get(self.options["saliency"] or method.saliency or "")
+        rule = self.options["aggregate"] or method.aggregate
+        over_time = saliency is not None and saliency.needs and not saliency.interacts and not method.obs_on_A_log
         if "A_log" not in self.parts or not over_time or rule not in AGGREGATES or self.options["seqlen"] < 2:
             return None
         return rule, self.options[f"time_{rule}"] if rule in TIME_PARAMETERS else None
@@ -123,7 +120,7 @@ class Record:
         """
         path = self.folder / "masks.safetensors"
         found: dict[int, np.ndarray] = {}
-        if self._recipe.removes_parts or not path.exists():
+        if _recipe(self.options).removes_parts or not path.exists():
             return found
         try:
             with safe_open(path, "numpy") as file:
